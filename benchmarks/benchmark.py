@@ -1,0 +1,265 @@
+"""Workloads for ``kernels benchmark .``: this kernel against its eager reference.
+
+The Hub receives this file alone, so it carries its workloads (benchmarks/workloads.json tells
+where each comes from; a test keeps the two equal) and draws their inputs itself. The runner times
+the reference once and whole Python calls only: figures to quote come from ``python -m benchmarks``.
+"""
+
+import math
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from kernels.benchmark import Benchmark
+
+
+class Workload(NamedTuple):
+    """The sizes of one call, and how its sampling locations are spread (see ``make_inputs``)."""
+
+    batch: int
+    queries: int
+    heads: int
+    channels: int  # per head
+    points: Union[int, Tuple[int, ...]]  # per level: one number for all, or one for each
+    shapes: Tuple[Tuple[int, int], ...]  # (height, width) per level
+    locations: str  # "uniform", "encoder" or "decoder"
+
+    @property
+    def points_per_level(self) -> Sequence[int]:
+        return [self.points] * len(self.shapes) if isinstance(self.points, int) else self.points
+
+    @property
+    def samples_per_query(self) -> int:
+        """Channels interpolated for one query of every batch item: what time and memory follow."""
+        return self.batch * self.heads * sum(self.points_per_level) * self.channels
+
+
+_32 = ((32, 32), (16, 16), (8, 8), (4, 4))
+_64 = ((64, 64), (32, 32), (16, 16), (8, 8))
+_800x1333 = ((100, 167), (50, 84), (25, 42), (13, 21))
+_640x640 = ((80, 80), (40, 40), (20, 20))
+_928x1600 = ((116, 200), (58, 100), (29, 50), (15, 25))
+_1024x1024 = ((32, 32), (64, 64), (128, 128))
+_896x896 = ((112, 112), (56, 56), (28, 28))
+
+WORKLOADS = {
+    "seed_b1_q100": Workload(1, 100, 8, 32, 4, _32, "uniform"),
+    "seed_b1_q300": Workload(1, 300, 8, 32, 4, _32, "uniform"),
+    "seed_b2_q100": Workload(2, 100, 8, 32, 4, _32, "uniform"),
+    "seed_b2_q300": Workload(2, 300, 8, 32, 4, _32, "uniform"),
+    "hub_b2_q300": Workload(2, 300, 8, 32, 4, _64, "uniform"),
+    "hub_b8_q900": Workload(8, 900, 8, 32, 4, _64, "uniform"),
+    "ddetr_encoder_b1": Workload(1, 22223, 8, 32, 4, _800x1333, "encoder"),
+    "ddetr_encoder_b4": Workload(4, 22223, 8, 32, 4, _800x1333, "encoder"),
+    "ddetr_decoder_b4": Workload(4, 300, 8, 32, 4, _800x1333, "decoder"),
+    "gdino_decoder_b4": Workload(4, 900, 8, 32, 4, _800x1333, "decoder"),
+    "dino5_encoder_b1": Workload(1, 89023, 8, 32, 4, ((200, 334), *_800x1333), "encoder"),
+    "rtdetr_decoder_b16": Workload(16, 300, 8, 32, 4, _640x640, "decoder"),
+    "dfine_decoder_b16": Workload(16, 300, 8, 32, (3, 6, 3), _640x640, "decoder"),
+    "rfdetr_decoder_b8": Workload(8, 1300, 16, 16, 2, ((48, 48),), "decoder"),
+    "mask2former_b2": Workload(2, 21504, 8, 32, 4, _1024x1024, "encoder"),
+    "bevformer_sca": Workload(6, 9680, 8, 32, 8, _928x1600, "decoder"),
+    "bevformer_tsa": Workload(2, 40000, 8, 32, 4, ((200, 200),), "encoder"),
+    "vit_adapter_b2": Workload(2, 3136, 16, 32, 4, _896x896, "decoder"),
+}
+
+
+class Inputs(NamedTuple):
+    """The operator's arguments, in their order. See ``ms_deform_attn`` for the shapes."""
+
+    value: torch.Tensor
+    spatial_shapes: torch.Tensor
+    level_start_index: torch.Tensor
+    sampling_locations: torch.Tensor
+    attention_weights: torch.Tensor
+
+    def at(self, queries: Union[slice, torch.Tensor]) -> "Inputs":
+        """The same call for some of the queries."""
+        return self._replace(
+            sampling_locations=self.sampling_locations[:, queries],
+            attention_weights=self.attention_weights[:, queries],
+        )
+
+
+def make_inputs(
+    workload: Workload,
+    dtype: torch.dtype,
+    device: Union[str, torch.device],
+    seed: int = 0,
+    locations_dtype: Optional[torch.dtype] = None,
+    weights_dtype: Optional[torch.dtype] = None,
+) -> Inputs:
+    """Draws a workload's inputs in float32 on the CPU, the same on every machine, and casts them.
+
+    ``value`` is N(0, 1) and the weights are softmax(N(0, 1)) over levels and points. Locations:
+
+    * uniform: U[0, 1];
+    * encoder: every pixel centre of every level is a query, plus an offset;
+    * decoder: each query's reference point is U[0.05, 0.95], plus an offset.
+
+    The offset is Deformable DETR's initial bias (head h looks in direction 2*pi*h/heads, scaled so
+    that its larger component is point + 1 pixels of the sampled level) plus N(0, 1) pixels for an
+    encoder, N(0, 3) for a decoder. Locations are not clamped.
+
+    Args:
+        locations_dtype, weights_dtype: of the locations and of the weights, ``dtype`` if None.
+
+    Returns:
+        ``Inputs``. Where ``workload.points`` differs by level, the last dimensions (levels,
+        points) of locations and weights are one: all points, level after level.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch, queries, heads, channels = workload[:4]
+    sizes = torch.tensor(workload.shapes)
+    pixels = sizes.prod(1)
+    counts = torch.tensor(workload.points_per_level)
+    level = torch.arange(len(counts)).repeat_interleave(counts)  # of each of a head's points
+    sampled = (batch, queries, heads, len(level))
+
+    value = torch.randn(batch, int(pixels.sum()), heads, channels, generator=generator)
+    if workload.locations == "uniform":
+        locations = torch.rand(*sampled, 2, generator=generator)
+    else:
+        if workload.locations == "encoder":
+            reference, spread = _pixel_centres(workload.shapes)[None], 1.0
+        else:
+            reference, spread = 0.05 + 0.9 * torch.rand(batch, queries, 2, generator=generator), 3.0
+        point = torch.cat([torch.arange(count) for count in workload.points_per_level])
+        angle = 2 * math.pi * torch.arange(heads) / heads
+        direction = torch.stack((angle.cos(), angle.sin()), -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        offset = direction[:, None] * (point[:, None] + 1)
+        offset = offset + spread * torch.randn(*sampled, 2, generator=generator)
+        locations = reference[:, :, None, None] + offset / sizes.flip(1)[level]
+    weights = torch.randn(*sampled, generator=generator).softmax(-1)
+    if isinstance(workload.points, int):
+        locations = locations.unflatten(3, (len(counts), workload.points))
+        weights = weights.unflatten(3, (len(counts), workload.points))
+    return Inputs(
+        value.to(device, dtype),
+        sizes.to(device),
+        (pixels.cumsum(0) - pixels).to(device),
+        locations.to(device, locations_dtype or dtype),
+        weights.to(device, weights_dtype or dtype),
+    )
+
+
+def _pixel_centres(shapes: Sequence[Tuple[int, int]]) -> torch.Tensor:
+    """(sum(h*w), 2): the (x, y) of every pixel's centre, as a fraction of its level's size."""
+    return torch.cat(
+        [
+            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(1)
+            for h, w in shapes
+        ]
+    )
+
+
+def make_grad_output(
+    workload: Workload, dtype: torch.dtype, device: Union[str, torch.device], seed: int = 1
+) -> torch.Tensor:
+    """N(0, 1) in the shape of a workload's output, drawn like its inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (workload.batch, workload.queries, workload.heads * workload.channels)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def gradients_in_chunks(
+    function: Callable[..., torch.Tensor],
+    inputs: Inputs,
+    grad_output: torch.Tensor,
+    queries_per_chunk: int,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An eager function's gradients, some queries at a time.
+
+    Autograd keeps dozens of tensors the size of all samples; of a whole encoder they would not fit.
+
+    Returns:
+        The gradients of value, sampling_locations and attention_weights.
+    """
+    grad_value = torch.zeros_like(inputs.value)
+    grad_locations: List[torch.Tensor] = []
+    grad_weights: List[torch.Tensor] = []
+    value = inputs.value.detach().requires_grad_()
+    for start in range(0, grad_output.shape[1], queries_per_chunk):
+        chunk = slice(start, start + queries_per_chunk)
+        inputs_chunk = inputs.at(chunk)
+        locations = inputs_chunk.sampling_locations.detach().requires_grad_()
+        weights = inputs_chunk.attention_weights.detach().requires_grad_()
+        output = function(value, *inputs[1:3], locations, weights)
+        gradients = torch.autograd.grad(output, (value, locations, weights), grad_output[:, chunk])
+        grad_value += gradients[0]
+        grad_locations.append(gradients[1])
+        grad_weights.append(gradients[2])
+    return grad_value, torch.cat(grad_locations, 1), torch.cat(grad_weights, 1)
+
+
+class Forward(Benchmark):
+    """The operator in float32. One benchmark per workload is added below the classes."""
+
+    dtype = torch.float32
+
+    def prepare(self, workload: Workload) -> None:
+        self.workload = workload
+        self.inputs = make_inputs(workload, self.dtype, self.device)
+
+    def run(self) -> None:
+        self.out = self.kernel.ms_deform_attn(*self.inputs)
+
+    def expected(self) -> torch.Tensor:
+        return self.kernel.reference.ms_deform_attn(*self.inputs)
+
+
+class Backward(Forward):
+    """The backward alone, in float32.
+
+    Compared are the gradients of value and weights. A location's gradient jumps where it crosses a
+    pixel; there a float32 reference can be on the wrong side of what the kernel gets right, and no
+    tolerance helps. The tests compare it, with float64.
+    """
+
+    def prepare(self, workload: Workload) -> None:
+        super().prepare(workload)
+        self.grad_output = make_grad_output(workload, self.dtype, self.device)
+
+    # The runner sets and reads `out` as one tensor; joining the gradients only when it is read
+    # keeps that copy out of the timed call.
+    @property
+    def out(self) -> torch.Tensor:
+        grad_value, _, grad_weights = self._gradients
+        return torch.cat((grad_value.flatten(), grad_weights.flatten()))
+
+    @out.setter
+    def out(self, gradients: Sequence[torch.Tensor]) -> None:
+        self._gradients = gradients
+
+    def run(self) -> None:
+        self.out = self.kernel.ms_deform_attn_backward(*self.inputs, self.grad_output, 64)
+
+    def expected(self) -> torch.Tensor:
+        queries = max(1, 2**25 // self.workload.samples_per_query)
+        grad_value, _, grad_weights = gradients_in_chunks(
+            self.kernel.reference.ms_deform_attn, self.inputs, self.grad_output, queries
+        )
+        return torch.cat((grad_value.flatten(), grad_weights.flatten()))
+
+
+class ForwardFloat16(Forward):
+    """The operator with everything in float16."""
+
+    dtype = torch.float16
+
+
+def _add_benchmark(name: str, workload: Workload) -> None:
+    """Gives ``Forward`` (and so its subclasses) the three methods the runner looks for."""
+    setattr(Forward, f"setup_{name}", lambda self: self.prepare(workload))
+    setattr(Forward, f"benchmark_{name}", lambda self: self.run())
+    setattr(Forward, f"verify_{name}", lambda self: self.expected())
+
+
+# The runner calls the reference eleven times: on a CPU the large workloads would take an hour.
+_LARGEST = math.inf if torch.cuda.is_available() else 2**24
+
+for _name, _workload in WORKLOADS.items():
+    # The operator takes one number of points for all levels so far.
+    if isinstance(_workload.points, int):
+        if _workload.samples_per_query * _workload.queries <= _LARGEST:
+            _add_benchmark(_name, _workload)

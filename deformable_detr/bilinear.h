@@ -1,0 +1,111 @@
+// What a sampling point means: the geometry of bilinear sampling, once for host and device.
+//
+// A level is a map of height x width pixels inside value's flattened spatial dimension. A location
+// (x, y) in [0, 1] lies at pixel (x * width - 0.5, y * height - 0.5). Its sample is the sum over the
+// four pixels around it, each times its share:
+//
+//     nw -- ne        share(nw) = (1 - right) * (1 - down)    share(ne) = right * (1 - down)
+//     |  .   |        share(sw) = (1 - right) * down          share(se) = right * down
+//     sw -- se
+//
+// where right and down in [0, 1) are the point's distances from nw. A pixel outside the map
+// contributes zero, so a point more than a pixel outside, or not finite, has none at all.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MSDA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MSDA_HOST_DEVICE inline
+#endif
+
+namespace ms_deform_attn {
+
+struct Level {
+  int32_t height;
+  int32_t width;
+  int32_t start;  // of the level's first pixel in value's spatial dimension
+};
+
+// The level if it lies inside value, else an empty one, which contributes zero.
+MSDA_HOST_DEVICE Level make_level(int64_t height, int64_t width, int64_t start, int64_t spatial_size) {
+  const bool fits = height > 0 && width > 0 && start >= 0 && height <= spatial_size &&
+                    width <= spatial_size && height * width <= spatial_size - start;
+  if (!fits) return {0, 0, 0};
+  return {static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(start)};
+}
+
+// One axis of a location: pixel = location * size - 0.5, split into its floor and the rest.
+//
+// Rounding the product alone would misplace a point on a map 300 pixels wide by 1e-5 pixels, and
+// put one in a few thousand on the wrong side of a pixel centre, where the gradient jumps. So the
+// errors of the product (fma) and of the subtraction are kept and added to the fraction.
+template <typename acc_t>
+struct Coordinate {
+  acc_t floor;
+  acc_t fraction;
+
+  MSDA_HOST_DEVICE Coordinate(acc_t location, int32_t size) {
+    const acc_t product = location * static_cast<acc_t>(size);
+    const acc_t pixel = product - acc_t(0.5);
+    const acc_t error =
+        std::fma(location, static_cast<acc_t>(size), -product) + ((product - pixel) - acc_t(0.5));
+    floor = std::floor(pixel);
+    if (pixel == floor && error < 0) floor -= 1;
+    fraction = (pixel - floor) + error;
+  }
+
+  // Whether this pixel or the next lies in [0, size). False for NaN and infinity.
+  MSDA_HOST_DEVICE bool touches(int32_t size) const {
+    return floor >= -1 && floor < static_cast<acc_t>(size);
+  }
+};
+
+constexpr int32_t kOutside = -1;
+
+// The four corners of a point, in the order nw, ne, sw, se.
+template <typename acc_t>
+struct Corners {
+  int32_t pixel[4];  // in value's spatial dimension, or kOutside
+  acc_t right, down;
+
+  MSDA_HOST_DEVICE Corners() : pixel{kOutside, kOutside, kOutside, kOutside}, right(0), down(0) {}
+
+  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level) : Corners() {
+    const Coordinate<acc_t> x(location_x, level.width), y(location_y, level.height);
+    if (!x.touches(level.width) || !y.touches(level.height)) return;
+    right = x.fraction;
+    down = y.fraction;
+    const int32_t column = static_cast<int32_t>(x.floor), row = static_cast<int32_t>(y.floor);
+    const bool west = column >= 0, east = column < level.width - 1;
+    const bool north = row >= 0, south = row < level.height - 1;
+    const int32_t nw = level.start + row * level.width + column;
+    if (north && west) pixel[0] = nw;
+    if (north && east) pixel[1] = nw + 1;
+    if (south && west) pixel[2] = nw + level.width;
+    if (south && east) pixel[3] = nw + level.width + 1;
+  }
+
+  MSDA_HOST_DEVICE acc_t share(int corner) const {
+    return (corner & 1 ? right : 1 - right) * (corner & 2 ? down : 1 - down);
+  }
+
+  // The sample's derivatives by location (not by pixel), from the four corners' values, where a
+  // corner outside has value zero.
+  MSDA_HOST_DEVICE acc_t d_location_x(const acc_t (&corner)[4], const Level& level) const {
+    return static_cast<acc_t>(level.width) *
+           ((1 - down) * (corner[1] - corner[0]) + down * (corner[3] - corner[2]));
+  }
+  MSDA_HOST_DEVICE acc_t d_location_y(const acc_t (&corner)[4], const Level& level) const {
+    return static_cast<acc_t>(level.height) *
+           ((1 - right) * (corner[2] - corner[0]) + right * (corner[3] - corner[1]));
+  }
+  MSDA_HOST_DEVICE acc_t sample(const acc_t (&corner)[4]) const {
+    return (1 - down) * ((1 - right) * corner[0] + right * corner[1]) +
+           down * ((1 - right) * corner[2] + right * corner[3]);
+  }
+};
+
+}  // namespace ms_deform_attn

@@ -1,0 +1,52 @@
+// The dtypes of multi-scale deformable attention: the only list of them in native code.
+//
+// A scalar_t is how a tensor is stored, acc_t<scalar_t> how it is computed with: coordinates,
+// weights and sums are fp32 for the half types. To add a dtype, add its row to each function here
+// and to tests/cases.py.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#endif
+
+namespace ms_deform_attn {
+
+#if defined(__CUDACC__)
+using half_t = __half;
+using bfloat16_t = __nv_bfloat16;
+#else
+using half_t = torch::headeronly::Half;
+using bfloat16_t = torch::headeronly::BFloat16;
+#endif
+
+enum class DType : int8_t { f64, f32, f16, bf16 };
+
+template <typename scalar_t>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename scalar_t>
+using acc_t = typename Accumulate<scalar_t>::type;
+
+// dispatch(dtype, [&](auto zero) { using scalar_t = decltype(zero); ... });
+template <typename Function>
+void dispatch(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::f64: return function(double{});
+    case DType::f32: return function(float{});
+    case DType::f16: return function(half_t{});
+    case DType::bf16: return function(bfloat16_t{});
+  }
+}
+
+}  // namespace ms_deform_attn

@@ -1,0 +1,316 @@
+// Everything above the backends: checks the inputs, allocates the outputs, picks the backend.
+//
+// Nothing here reads a tensor that lives on a GPU, so nothing waits for one.
+#include "deformable_detr/ms_deform_attn.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "deformable_detr/bilinear.h"
+#include "torch-ext/torch_binding.h"
+
+#if defined(USE_CUDA)
+// Part of the stable ABI, but declared only where torch itself was built with CUDA.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace ms_deform_attn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---------------------------------------------------------------------------------- error messages
+
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream shape;
+  shape << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) shape << (i ? ", " : "") << tensor.size(i);
+  shape << ")";
+  return shape.str();
+}
+
+std::string device_of(const Tensor& tensor) {
+  int32_t type, index;
+  aoti_torch_get_device_type(tensor.get(), &type);
+  aoti_torch_get_device_index(tensor.get(), &index);
+  if (type == aoti_torch_device_type_cpu()) return "cpu";
+  return (type == aoti_torch_device_type_cuda() ? "cuda:" : "device type " + std::to_string(type) + ":") +
+         std::to_string(index);
+}
+
+// A dimension of an expected shape: its name, and its size where the inputs so far fix it.
+struct Dimension {
+  const char* name;
+  int64_t size = -1;
+};
+
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<Dimension> expected) {
+  bool matches = tensor.dim() == static_cast<int64_t>(expected.size());
+  int64_t i = 0;
+  for (const Dimension& dimension : expected) {
+    if (!matches) break;
+    matches = dimension.size < 0 || tensor.size(i) == dimension.size;
+    ++i;
+  }
+  if (matches) return;
+  std::ostringstream shape;
+  for (const Dimension& dimension : expected) {
+    shape << (shape.tellp() > 0 ? ", " : "") << dimension.name;
+    if (dimension.size >= 0) shape << "=" << dimension.size;
+  }
+  check(false, name, " has shape ", shape_of(tensor), ", expected (", shape.str(), ")");
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& value) {
+  const bool same = tensor.is_cuda() == value.is_cuda() && tensor.is_cpu() == value.is_cpu() &&
+                    tensor.get_device_index() == value.get_device_index();
+  if (!same) {
+    check(false, name, " is on ", device_of(tensor), ", expected ", device_of(value),
+          ", the device of value");
+  }
+}
+
+// ------------------------------------------------------------------------------------------ dtypes
+
+DType value_dtype(const Tensor& value) {
+  switch (value.scalar_type()) {
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default:
+      check(false, "value has dtype ", torch::headeronly::toString(value.scalar_type()),
+            ", expected Float, Half, BFloat16 or Double");
+      return {};
+  }
+}
+
+// Locations and weights have value's dtype, or float beside a half value (as autocast gives them).
+DType operand_dtype(const char* name, const Tensor& tensor, const Tensor& value, DType dtype) {
+  if (tensor.scalar_type() == value.scalar_type()) return dtype;
+  const bool half = dtype == DType::f16 || dtype == DType::bf16;
+  check(half && tensor.scalar_type() == ScalarType::Float, name, " has dtype ",
+        torch::headeronly::toString(tensor.scalar_type()), ", expected ",
+        torch::headeronly::toString(value.scalar_type()), ", the dtype of value",
+        half ? ", or Float" : "");
+  return DType::f32;
+}
+
+bool is_int64(const char* name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  check(dtype == ScalarType::Long || dtype == ScalarType::Int, name, " has dtype ",
+        torch::headeronly::toString(dtype), ", expected Long or Int");
+  return dtype == ScalarType::Long;
+}
+
+// ---------------------------------------------------------------------------------- level metadata
+
+int64_t integer_at(const Tensor& tensor, bool int64, int64_t index) {
+  return int64 ? static_cast<const int64_t*>(tensor.data_ptr())[index]
+               : static_cast<const int32_t*>(tensor.data_ptr())[index];
+}
+
+// Only for metadata on the CPU. On a GPU the kernels guard themselves.
+void check_levels(const Params& params, const Tensor& spatial_shapes, const Tensor& level_start_index) {
+  int64_t total = 0;
+  for (int32_t level = 0; level < params.levels; ++level) {
+    const int64_t height = integer_at(spatial_shapes, params.shapes_int64, 2 * level);
+    const int64_t width = integer_at(spatial_shapes, params.shapes_int64, 2 * level + 1);
+    const int64_t start = integer_at(level_start_index, params.starts_int64, level);
+    check(height > 0 && width > 0, "spatial_shapes has (", height, ", ", width, ") for level ", level,
+          ", expected a positive height and width");
+    check(make_level(height, width, start, params.spatial_size).height > 0,
+          start < 0 || start >= params.spatial_size ? "level_start_index has " : "spatial_shapes has ",
+          start < 0 || start >= params.spatial_size ? std::to_string(start)
+                                                    : std::to_string(height) + " * " + std::to_string(width),
+          " for level ", level, ", expected a level inside the ", params.spatial_size,
+          " pixels of value.size(1) (it starts at ", start, ")");
+    total += height * width;
+  }
+  check(total == params.spatial_size, "spatial_shapes sums to ", total,
+        " pixels over its levels, expected value.size(1)=", params.spatial_size);
+}
+
+// ------------------------------------------------------------------------------------------ inputs
+
+Tensor contiguous_or_copy(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// What the backends read in vectors must start on a 16-byte boundary.
+Tensor aligned(const Tensor& tensor) {
+  const Tensor contiguous = contiguous_or_copy(tensor);
+  if (reinterpret_cast<uintptr_t>(contiguous.data_ptr()) % 16 == 0) return contiguous;
+  return torch::stable::clone(contiguous);
+}
+
+struct Inputs {
+  Tensor value, spatial_shapes, level_start_index, sampling_locations, attention_weights;
+
+  // Replaces the tensors by aligned ones and returns what the backends need to know of them.
+  template <typename ParamsType>
+  ParamsType check_and_align() {
+    ParamsType params{};
+    check_shape("value", value, {{"batch"}, {"sum(h*w)"}, {"heads"}, {"channels"}});
+    params.value_dtype = value_dtype(value);
+    params.batch = value.size(0);
+    params.spatial_size = value.size(1);
+    check(params.spatial_size <= INT32_MAX, "value has ", params.spatial_size,
+          " pixels in dimension 1, expected fewer than 2^31");
+    params.heads = static_cast<int32_t>(value.size(2));
+    params.channels = static_cast<int32_t>(value.size(3));
+
+    check_shape("spatial_shapes", spatial_shapes, {{"levels"}, {"2", 2}});
+    params.levels = static_cast<int32_t>(spatial_shapes.size(0));
+    check_shape("level_start_index", level_start_index, {{"levels", params.levels}});
+    check_shape("sampling_locations", sampling_locations,
+                {{"batch", params.batch},
+                 {"queries"},
+                 {"heads", params.heads},
+                 {"levels", params.levels},
+                 {"points"},
+                 {"2", 2}});
+    params.queries = sampling_locations.size(1);
+    params.points = static_cast<int32_t>(sampling_locations.size(4));
+    check_shape("attention_weights", attention_weights,
+                {{"batch", params.batch},
+                 {"queries", params.queries},
+                 {"heads", params.heads},
+                 {"levels", params.levels},
+                 {"points", params.points}});
+
+    params.shapes_int64 = is_int64("spatial_shapes", spatial_shapes);
+    params.starts_int64 = is_int64("level_start_index", level_start_index);
+    params.locations_dtype =
+        operand_dtype("sampling_locations", sampling_locations, value, params.value_dtype);
+    params.weights_dtype =
+        operand_dtype("attention_weights", attention_weights, value, params.value_dtype);
+
+    check_device("spatial_shapes", spatial_shapes, value);
+    check_device("level_start_index", level_start_index, value);
+    check_device("sampling_locations", sampling_locations, value);
+    check_device("attention_weights", attention_weights, value);
+
+    value = aligned(value);
+    spatial_shapes = contiguous_or_copy(spatial_shapes);
+    level_start_index = contiguous_or_copy(level_start_index);
+    sampling_locations = aligned(sampling_locations);
+    attention_weights = aligned(attention_weights);
+    if (value.is_cpu()) check_levels(params, spatial_shapes, level_start_index);
+
+    params.value = value.data_ptr();
+    params.spatial_shapes = spatial_shapes.data_ptr();
+    params.level_start_index = level_start_index.data_ptr();
+    params.sampling_locations = sampling_locations.data_ptr();
+    params.attention_weights = attention_weights.data_ptr();
+    return params;
+  }
+};
+
+// ---------------------------------------------------------------------------------------- backends
+
+#if defined(USE_CUDA)
+template <typename Launch>
+void launch_on_current_stream(const Tensor& value, Launch&& launch) {
+  const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
+  void* stream = nullptr;
+  check(aoti_torch_get_current_cuda_stream(value.get_device_index(), &stream) == 0,
+        "cannot get the current CUDA stream of ", device_of(value));
+  const char* error = launch(stream);
+  check(error == nullptr, "CUDA launch failed: ", error ? error : "");
+}
+#endif
+
+void run_forward(const Tensor& value, const Params& params) {
+#if defined(USE_CUDA)
+  if (value.is_cuda()) {
+    return launch_on_current_stream(
+        value, [&](void* stream) { return cuda::forward(params, stream); });
+  }
+#endif
+  cpu::forward(params);
+}
+
+void run_backward(const Tensor& value, const BackwardParams& params) {
+#if defined(USE_CUDA)
+  if (value.is_cuda()) {
+    return launch_on_current_stream(
+        value, [&](void* stream) { return cuda::backward(params, stream); });
+  }
+#endif
+  cpu::backward(params);
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------------------- the ops
+
+Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+               const Tensor& sampling_locations, const Tensor& attention_weights) {
+  Inputs inputs{value, spatial_shapes, level_start_index, sampling_locations, attention_weights};
+  Params params = inputs.check_and_align<Params>();
+
+  Tensor output = torch::stable::new_empty(
+      inputs.value, {params.batch, params.queries, int64_t(params.heads) * params.channels});
+  if (output.numel() == 0) return output;
+  params.output = output.data_ptr();
+  run_forward(inputs.value, params);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& value, const Tensor& spatial_shapes,
+                                            const Tensor& level_start_index,
+                                            const Tensor& sampling_locations,
+                                            const Tensor& attention_weights,
+                                            const Tensor& grad_output) {
+  Inputs inputs{value, spatial_shapes, level_start_index, sampling_locations, attention_weights};
+  BackwardParams params = inputs.check_and_align<BackwardParams>();
+
+  check_shape("grad_output", grad_output,
+              {{"batch", params.batch},
+               {"queries", params.queries},
+               {"heads*channels", int64_t(params.heads) * params.channels}});
+  check(grad_output.scalar_type() == value.scalar_type(), "grad_output has dtype ",
+        torch::headeronly::toString(grad_output.scalar_type()), ", expected ",
+        torch::headeronly::toString(value.scalar_type()), ", the dtype of value");
+  check_device("grad_output", grad_output, value);
+  const Tensor aligned_grad_output = aligned(grad_output);
+  params.grad_output = aligned_grad_output.data_ptr();
+
+  const bool half = params.value_dtype == DType::f16 || params.value_dtype == DType::bf16;
+  Tensor grad_value = torch::stable::new_zeros(
+      inputs.value, inputs.value.sizes(), half ? ScalarType::Float : value.scalar_type());
+  Tensor grad_sampling_locations = torch::stable::empty_like(inputs.sampling_locations);
+  Tensor grad_attention_weights = torch::stable::empty_like(inputs.attention_weights);
+  params.grad_value = grad_value.data_ptr();
+  params.grad_sampling_locations = grad_sampling_locations.data_ptr();
+  params.grad_attention_weights = grad_attention_weights.data_ptr();
+
+  const bool no_channels = int64_t(params.heads) * params.channels == 0;
+  if (no_channels) {
+    torch::stable::zero_(grad_sampling_locations);
+    torch::stable::zero_(grad_attention_weights);
+  } else if (grad_attention_weights.numel() > 0) {
+    run_backward(inputs.value, params);
+  }
+  if (half) grad_value = torch::stable::to(grad_value, value.scalar_type());
+  return {grad_value, grad_sampling_locations, grad_attention_weights};
+}
+
+}  // namespace ms_deform_attn

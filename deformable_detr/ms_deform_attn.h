@@ -1,0 +1,58 @@
+// The contract between the checks above (ms_deform_attn.cpp) and the backends below (cpu/, cuda/).
+//
+// Every tensor is contiguous; all but the level metadata start on a 16-byte boundary. Each pointer has
+// its tensor's shape beside it.
+#pragma once
+
+#include "deformable_detr/dispatch.h"
+
+namespace ms_deform_attn {
+
+// Names of the dimensions, in the order the tensors have them.
+struct Sizes {
+  int64_t batch;
+  int64_t spatial_size;  // sum(height * width) over the levels, below 2^31
+  int64_t queries;
+  int32_t heads;
+  int32_t levels;
+  int32_t points;  // per level
+  int32_t channels;  // per head
+};
+
+struct Params : Sizes {
+  DType value_dtype;  // also of output, grad_output
+  DType locations_dtype;  // value_dtype, or f32 beside a half value
+  DType weights_dtype;  // likewise
+  bool shapes_int64;  // else int32
+  bool starts_int64;  // else int32
+
+  const void* value;  // [batch, spatial_size, heads, channels]
+  const void* spatial_shapes;  // [levels, 2] as (height, width)
+  const void* level_start_index;  // [levels]
+  const void* sampling_locations;  // [batch, queries, heads, levels, points, 2] as (x, y)
+  const void* attention_weights;  // [batch, queries, heads, levels, points]
+  void* output;  // [batch, queries, heads, channels]
+};
+
+struct BackwardParams : Params {
+  const void* grad_output;  // [batch, queries, heads, channels]
+
+  void* grad_value;  // [batch, spatial_size, heads, channels] of acc_t, zero on entry
+  void* grad_sampling_locations;  // as sampling_locations
+  void* grad_attention_weights;  // as attention_weights
+};
+
+// Both compute nothing twice and nothing outside their tensors, whatever the level metadata and the
+// locations hold: a level that does not fit into spatial_size contributes zero. On a GPU they only
+// enqueue, on `stream`; they return null, or what went wrong.
+namespace cpu {
+void forward(const Params& params);
+void backward(const BackwardParams& params);
+}  // namespace cpu
+
+namespace cuda {
+const char* forward(const Params& params, void* stream);
+const char* backward(const BackwardParams& params, void* stream);
+}  // namespace cuda
+
+}  // namespace ms_deform_attn

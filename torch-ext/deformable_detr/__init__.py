@@ -1,0 +1,12 @@
+"""Multi-scale deformable attention: the sampling operator of Deformable DETR and its descendants."""
+
+from . import layers, reference
+from .functional import ms_deform_attn, ms_deform_attn_backward, ms_deform_attn_forward
+
+__all__ = [
+    "layers",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_forward",
+    "reference",
+]
