@@ -1,8 +1,8 @@
 // What a sampling point means: the geometry of bilinear sampling, once for host and device.
 //
 // A level is a map of height x width pixels inside value's flattened spatial dimension. A location
-// (x, y) in [0, 1] lies at pixel (x * width - 0.5, y * height - 0.5). Its sample is the sum over the
-// four pixels around it, each times its share:
+// (x, y) in [0, 1] lies at pixel (x * width - 0.5, y * height - 0.5). Its sample is the sum over
+// the four pixels around it, each times its share:
 //
 //     nw -- ne        share(nw) = (1 - right) * (1 - down)    share(ne) = right * (1 - down)
 //     |  .   |        share(sw) = (1 - right) * down          share(se) = right * down
@@ -30,7 +30,8 @@ struct Level {
 };
 
 // The level if it lies inside value, else an empty one, which contributes zero.
-MSDA_HOST_DEVICE Level make_level(int64_t height, int64_t width, int64_t start, int64_t spatial_size) {
+MSDA_HOST_DEVICE Level make_level(int64_t height, int64_t width, int64_t start,
+                                  int64_t spatial_size) {
   const bool fits = height > 0 && width > 0 && start >= 0 && height <= spatial_size &&
                     width <= spatial_size && height * width <= spatial_size - start;
   if (!fits) return {0, 0, 0};

@@ -50,7 +50,8 @@ std::string device_of(const Tensor& tensor) {
   aoti_torch_get_device_type(tensor.get(), &type);
   aoti_torch_get_device_index(tensor.get(), &index);
   if (type == aoti_torch_device_type_cpu()) return "cpu";
-  return (type == aoti_torch_device_type_cuda() ? "cuda:" : "device type " + std::to_string(type) + ":") +
+  return (type == aoti_torch_device_type_cuda() ? "cuda:"
+                                                : "device type " + std::to_string(type) + ":") +
          std::to_string(index);
 }
 
@@ -60,7 +61,8 @@ struct Dimension {
   int64_t size = -1;
 };
 
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<Dimension> expected) {
+void check_shape(const char* name, const Tensor& tensor,
+                 std::initializer_list<Dimension> expected) {
   bool matches = tensor.dim() == static_cast<int64_t>(expected.size());
   int64_t i = 0;
   for (const Dimension& dimension : expected) {
@@ -127,18 +129,21 @@ int64_t integer_at(const Tensor& tensor, bool int64, int64_t index) {
 }
 
 // Only for metadata on the CPU. On a GPU the kernels guard themselves.
-void check_levels(const Params& params, const Tensor& spatial_shapes, const Tensor& level_start_index) {
+void check_levels(const Params& params, const Tensor& spatial_shapes,
+                  const Tensor& level_start_index) {
   int64_t total = 0;
   for (int32_t level = 0; level < params.levels; ++level) {
     const int64_t height = integer_at(spatial_shapes, params.shapes_int64, 2 * level);
     const int64_t width = integer_at(spatial_shapes, params.shapes_int64, 2 * level + 1);
     const int64_t start = integer_at(level_start_index, params.starts_int64, level);
-    check(height > 0 && width > 0, "spatial_shapes has (", height, ", ", width, ") for level ", level,
-          ", expected a positive height and width");
+    check(height > 0 && width > 0, "spatial_shapes has (", height, ", ", width, ") for level ",
+          level, ", expected a positive height and width");
     check(make_level(height, width, start, params.spatial_size).height > 0,
-          start < 0 || start >= params.spatial_size ? "level_start_index has " : "spatial_shapes has ",
-          start < 0 || start >= params.spatial_size ? std::to_string(start)
-                                                    : std::to_string(height) + " * " + std::to_string(width),
+          start < 0 || start >= params.spatial_size ? "level_start_index has "
+                                                    : "spatial_shapes has ",
+          start < 0 || start >= params.spatial_size
+              ? std::to_string(start)
+              : std::to_string(height) + " * " + std::to_string(width),
           " for level ", level, ", expected a level inside the ", params.spatial_size,
           " pixels of value.size(1) (it starts at ", start, ")");
     total += height * width;
@@ -173,6 +178,8 @@ struct Inputs {
     params.spatial_size = value.size(1);
     check(params.spatial_size <= INT32_MAX, "value has ", params.spatial_size,
           " pixels in dimension 1, expected fewer than 2^31");
+    check(value.size(2) * value.size(3) < (1 << 28), "value has ", value.size(2), " heads of ",
+          value.size(3), " channels, expected a product below 2^28");
     params.heads = static_cast<int32_t>(value.size(2));
     params.channels = static_cast<int32_t>(value.size(3));
 
@@ -240,8 +247,8 @@ void launch_on_current_stream(const Tensor& value, Launch&& launch) {
 void run_forward(const Tensor& value, const Params& params) {
 #if defined(USE_CUDA)
   if (value.is_cuda()) {
-    return launch_on_current_stream(
-        value, [&](void* stream) { return cuda::forward(params, stream); });
+    return launch_on_current_stream(value,
+                                    [&](void* stream) { return cuda::forward(params, stream); });
   }
 #endif
   cpu::forward(params);
@@ -250,8 +257,8 @@ void run_forward(const Tensor& value, const Params& params) {
 void run_backward(const Tensor& value, const BackwardParams& params) {
 #if defined(USE_CUDA)
   if (value.is_cuda()) {
-    return launch_on_current_stream(
-        value, [&](void* stream) { return cuda::backward(params, stream); });
+    return launch_on_current_stream(value,
+                                    [&](void* stream) { return cuda::backward(params, stream); });
   }
 #endif
   cpu::backward(params);
@@ -294,8 +301,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& value, const Tensor& s
   params.grad_output = aligned_grad_output.data_ptr();
 
   const bool half = params.value_dtype == DType::f16 || params.value_dtype == DType::bf16;
-  Tensor grad_value = torch::stable::new_zeros(
-      inputs.value, inputs.value.sizes(), half ? ScalarType::Float : value.scalar_type());
+  Tensor grad_value = torch::stable::new_zeros(inputs.value, inputs.value.sizes(),
+                                               half ? ScalarType::Float : value.scalar_type());
   Tensor grad_sampling_locations = torch::stable::empty_like(inputs.sampling_locations);
   Tensor grad_attention_weights = torch::stable::empty_like(inputs.attention_weights);
   params.grad_value = grad_value.data_ptr();

@@ -1,7 +1,7 @@
 // The contract between the checks above (ms_deform_attn.cpp) and the backends below (cpu/, cuda/).
 //
-// Every tensor is contiguous; all but the level metadata start on a 16-byte boundary. Each pointer has
-// its tensor's shape beside it.
+// Every tensor is contiguous; all but the level metadata start on a 16-byte boundary. Each pointer
+// has its tensor's shape beside it.
 #pragma once
 
 #include "deformable_detr/dispatch.h"
@@ -15,31 +15,32 @@ struct Sizes {
   int64_t queries;
   int32_t heads;
   int32_t levels;
-  int32_t points;  // per level
-  int32_t channels;  // per head
+  int32_t points;    // per level
+  int32_t channels;  // per head; heads * channels is below 2^28
 };
 
 struct Params : Sizes {
-  DType value_dtype;  // also of output, grad_output
+  int64_t first_batch;    // the first one to compute: 0, unless a backend cuts its work into parts
+  DType value_dtype;      // also of output, grad_output
   DType locations_dtype;  // value_dtype, or f32 beside a half value
-  DType weights_dtype;  // likewise
-  bool shapes_int64;  // else int32
-  bool starts_int64;  // else int32
+  DType weights_dtype;    // likewise
+  bool shapes_int64;      // else int32
+  bool starts_int64;      // else int32
 
-  const void* value;  // [batch, spatial_size, heads, channels]
-  const void* spatial_shapes;  // [levels, 2] as (height, width)
-  const void* level_start_index;  // [levels]
+  const void* value;               // [batch, spatial_size, heads, channels]
+  const void* spatial_shapes;      // [levels, 2] as (height, width)
+  const void* level_start_index;   // [levels]
   const void* sampling_locations;  // [batch, queries, heads, levels, points, 2] as (x, y)
-  const void* attention_weights;  // [batch, queries, heads, levels, points]
-  void* output;  // [batch, queries, heads, channels]
+  const void* attention_weights;   // [batch, queries, heads, levels, points]
+  void* output;                    // [batch, queries, heads, channels]
 };
 
 struct BackwardParams : Params {
   const void* grad_output;  // [batch, queries, heads, channels]
 
-  void* grad_value;  // [batch, spatial_size, heads, channels] of acc_t, zero on entry
+  void* grad_value;               // [batch, spatial_size, heads, channels] of acc_t, zero on entry
   void* grad_sampling_locations;  // as sampling_locations
-  void* grad_attention_weights;  // as attention_weights
+  void* grad_attention_weights;   // as attention_weights
 };
 
 // Both compute nothing twice and nothing outside their tensors, whatever the level metadata and the

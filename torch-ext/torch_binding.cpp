@@ -1,4 +1,5 @@
-// Schemas, once, and their implementations per backend. Fakes and autograd are registered in Python.
+// Schemas, once, and their implementations per backend. Fakes and autograd are registered in
+// Python.
 #include "torch_binding.h"
 
 #include <torch/csrc/stable/library.h>

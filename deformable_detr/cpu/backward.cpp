@@ -100,9 +100,9 @@ void backward(const BackwardParams& params) {
     const auto slices = [&](int64_t begin, int64_t end) {
       backward_slices<scalar_t>(params, levels.data(), begin, end);
     };
-    torch::stable::parallel_for(
-        0, params.batch * params.heads, 1,
-        [&](int64_t begin, int64_t end) { run_vectorised(slices, begin, end); });
+    torch::stable::parallel_for(0, params.batch * params.heads, 1, [&](int64_t begin, int64_t end) {
+      run_vectorised(slices, begin, end);
+    });
   });
 }
 

@@ -21,8 +21,8 @@ inline Capability detect_capability() {
   if (wanted && std::strcmp(wanted, "default") == 0) return Capability::portable;
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512dq");
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (wanted && std::strcmp(wanted, "avx2") == 0) {
     return has_avx2 ? Capability::avx2 : Capability::portable;
   }
@@ -39,8 +39,8 @@ inline Capability capability() {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 template <typename Body>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"), flatten, noinline)) void
-run_avx512(const Body& body, int64_t begin, int64_t end) {
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"), flatten,
+               noinline)) void run_avx512(const Body& body, int64_t begin, int64_t end) {
   body(begin, end);
 }
 

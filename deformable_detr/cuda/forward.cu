@@ -7,93 +7,88 @@ namespace {
 
 // ------------------------------------------------------------------------------------------ kernel
 
-// One point, ready to be added up: its corners' pixels, and weight times share of each.
-template <typename acc>
-struct alignas(4 * sizeof(acc)) Shares {
-  acc corner[4];
-};
-
-// kSplit teams of kLanes lanes share a (batch, query, head): each adds up every kSplit-th point.
+// kSplit groups of kLanes lanes share a (batch, query, head): each adds up every kSplit-th point.
 template <typename scalar_t, int kVec, int kLanes, int kSplit>
-__global__ void __launch_bounds__(kThreads)
-    forward_kernel(const __grid_constant__ Params p, const __grid_constant__ Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, 4) forward_kernel(const __grid_constant__ Params p) {
   using acc = acc_t<scalar_t>;
-  constexpr int kTeam = kLanes * kSplit;
-  extern __shared__ TiledLevel table[];
-  __shared__ int4 pixels[kThreads];
-  __shared__ Shares<acc> shares[kThreads];
+  using Layout = cuda::Layout<kLanes, kSplit>;
+  using Row = Vec<scalar_t, kVec>;
+  extern __shared__ Level levels[];
+  __shared__ int4 pixels[Layout::kSlots];
+  __shared__ PerCorner<acc> shares[Layout::kSlots];  // of each corner, times the point's weight
 
-  const int lane = threadIdx.x % kTeam;
-  const int first_slot = threadIdx.x - lane;
+  load_levels(p, levels);
+  const Work work = find_work<Layout>(p);
+  const int lane = threadIdx.x % Layout::kTeam;
   const int split = lane / kLanes;
-  const int64_t pixel_stride = int64_t(p.heads) * p.channels;
+  const int first_slot = Layout::first_slot();
   const int32_t all_points = p.levels * p.points;
+  const int32_t pixel_bytes = p.heads * p.channels * static_cast<int32_t>(sizeof(scalar_t));
+  const scalar_t* value = static_cast<const scalar_t*>(p.value) +
+                          (work.batch * p.spatial_size * p.heads + work.head) * p.channels;
 
-  const Levels levels = load_levels(p, tiling, table);
-  const int64_t tiles = levels.tiles * tiling.head_groups * p.batch;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const Work work = tile_work(p, tiling, levels, tile, threadIdx.x / kTeam);
-    const bool active = work.query >= 0;
-    const int64_t row = active ? work.row(p) : 0;
-    const scalar_t* value = static_cast<const scalar_t*>(p.value) +
-                            work.batch * p.spatial_size * pixel_stride +
-                            int64_t(work.head) * p.channels;
+  for (int32_t part = 0; part < p.channels; part += kLanes * kVec) {
+    const int32_t channel = part + lane % kLanes * kVec;
+    const bool has_channel = channel < p.channels;
+    const scalar_t* value_part = value + channel;
+    acc sum[kVec] = {};
+    // A corner outside is not loaded: its share is zero, and what is left in its place is an
+    // earlier corner of this row, or zero.
+    Row corner[4];
 
-    for (int32_t channel = lane % kLanes * kVec; channel - lane % kLanes * kVec < p.channels;
-         channel += kLanes * kVec) {
-      acc sum[kVec] = {};
-      for (int32_t first = 0; first < all_points; first += kTeam) {
-        // Each lane works out one point.
-        const int32_t point = first + lane;
-        Corners<acc> corners;
-        acc weight = 0;
-        if (active && point < all_points) {
-          const auto location = load_location<scalar_t>(p, row * all_points + point);
-          weight = load_weight<scalar_t>(p, row * all_points + point);
-          corners = Corners<acc>(location.x, location.y, levels.level[point / p.points]);
-        }
-        __syncwarp();
-        pixels[threadIdx.x] =
-            make_int4(corners.pixel[0], corners.pixel[1], corners.pixel[2], corners.pixel[3]);
+    PointCursor cursor(p, lane);
+    int64_t point = work.row * all_points + lane;
+    for (int32_t first = 0; first < all_points; first += Layout::kTeam) {
+      // Each lane works out one point.
+      Corners<acc> corners;
+      PerCorner<acc> share = {};
+      if (work.active && first + lane < all_points) {
+        const auto location = load_location<scalar_t>(p, point);
+        const acc weight = load_weight<scalar_t>(p, point);
+        corners = Corners<acc>(location.x, location.y, levels[cursor.level]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) shares[threadIdx.x].corner[i] = weight * corners.share(i);
-        __syncwarp();
-
-        // Each team adds up its points.
-        if (channel < p.channels) {
-#pragma unroll
-          for (int i = 0; i < kLanes; ++i) {
-            if (first + i * kSplit >= all_points) break;
-            const int slot = first_slot + i * kSplit + split;
-            const int4 pixel = pixels[slot];
-            const Shares<acc> share = shares[slot];
-            const int32_t pixel_of[4] = {pixel.x, pixel.y, pixel.z, pixel.w};
-            Vec<scalar_t, kVec> corner[4] = {};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              if (pixel_of[j] != kOutside) {
-                corner[j] = Vec<scalar_t, kVec>::load(value + pixel_of[j] * pixel_stride + channel);
-              }
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-#pragma unroll
-              for (int k = 0; k < kVec; ++k) sum[k] += share.corner[j] * to_acc(corner[j].data[k]);
-            }
-          }
+        for (int j = 0; j < 4; ++j) {
+          if (corners.pixel[j] != kOutside) share.corner[j] = weight * corners.share(j);
         }
       }
+      point += Layout::kTeam;
+      cursor.advance(p, Layout::kTeam);
+      __syncwarp();
+      pixels[first_slot + lane * Layout::kPitch] =
+          make_int4(corners.pixel[0], corners.pixel[1], corners.pixel[2], corners.pixel[3]);
+      shares[first_slot + lane * Layout::kPitch] = share;
+      __syncwarp();
+
+      // Each group adds up its points.
+      const int group_slot = first_slot + split * Layout::kPitch;
 #pragma unroll
-      for (int offset = kLanes; offset < kTeam; offset *= 2) {
+      for (int i = 0; i < kLanes; ++i) {
+        if (i % 4 == 0 && first + i * kSplit >= all_points) break;
+        const int4 pixel = pixels[group_slot + i * kSplit * Layout::kPitch];
+        const PerCorner<acc> of = shares[group_slot + i * kSplit * Layout::kPitch];
+        const int32_t pixel_of[4] = {pixel.x, pixel.y, pixel.z, pixel.w};
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) sum[k] += __shfl_xor_sync(0xffffffff, sum[k], offset);
+        for (int j = 0; j < 4; ++j) {
+          const scalar_t* row = corner_row(value_part, pixel_of[j], pixel_bytes);
+          if (pixel_of[j] != kOutside && has_channel) corner[j] = Row::load(row);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          acc x[kVec];
+          corner[j].unpack(x);
+#pragma unroll
+          for (int c = 0; c < kVec; ++c) sum[c] += of.corner[j] * x[c];
+        }
       }
-      if (active && split == 0 && channel < p.channels) {
-        Vec<scalar_t, kVec> output;
+    }
+
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) output.data[k] = from_acc<scalar_t>(sum[k]);
-        output.store(static_cast<scalar_t*>(p.output) + row * p.channels + channel);
-      }
+    for (int offset = kLanes; offset < Layout::kTeam; offset *= 2) {
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) sum[c] += __shfl_xor_sync(0xffffffff, sum[c], offset);
+    }
+    if (work.active && has_channel && split == 0) {
+      Row::pack(sum).store(static_cast<scalar_t*>(p.output) + work.row * p.channels + channel);
     }
   }
 }
@@ -102,13 +97,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename scalar_t, int kVec, int kLanes, int kSplit>
 const char* launch_forward(const Params& p, void* stream) {
-  const Tiling tiling =
-      make_tiling(p, kThreads / (kLanes * kSplit), int64_t(p.channels) * sizeof(scalar_t));
-  return launch(forward_kernel<scalar_t, kVec, kLanes, kSplit>, p, tiling, stream);
+  return launch<Layout<kLanes, kSplit>>(forward_kernel<scalar_t, kVec, kLanes, kSplit>, p, stream);
 }
 
-// Few rows leave most of the GPU idle unless the points of each are spread over several teams.
-constexpr int64_t kFewLanes = 132 * 2048 / 2;
+// Below this many rows a GPU has lanes to spare: the points of each are spread over four groups.
+constexpr int64_t kFewRows = 16384;
 
 }  // namespace
 
@@ -125,7 +118,7 @@ const char* forward(const Params& params, void* stream) {
     }
     error = with_lanes<2>(params.channels / kVec, [&](auto lanes) {
       if constexpr (lanes.value <= 8) {
-        if (params.batch * params.queries * params.heads * lanes.value <= kFewLanes) {
+        if (params.batch * params.queries * params.heads <= kFewRows) {
           return launch_forward<scalar_t, kVec, lanes.value, 4>(params, stream);
         }
       }

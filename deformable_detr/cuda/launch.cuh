@@ -1,16 +1,16 @@
 // How work is laid out over the GPU, the same in forward and backward.
 //
-// A team of kLanes lanes (a power of two, inside one warp) serves one (batch, query, head). Each lane
-// owns kVec adjacent channels. The geometry of the points is worked out once: each lane takes one
-// point of a stage of kLanes points and leaves it in shared memory, where the whole team reads it.
+// A team of lanes (a power of two, inside one warp) serves one (batch, query, head). Each lane owns
+// kVec adjacent channels. The geometry of the points is worked out once: each lane takes one point
+// of a stage, and leaves it in shared memory, where the whole team reads it.
 //
-// A block serves a tile: some queries, and as many heads as make a 128-byte line of value, so that
-// a line brought into L1 is used whole. Tiles are numbered with the queries fastest, then the heads,
-// then the batch. Where the queries are the pixels of the levels themselves, as in an encoder, a
-// tile's queries are a rectangle of one level, whose points share most of their corners.
+// A block serves a tile: some adjacent queries, and as many heads as make a 128-byte line of value,
+// so that a line brought into L1 is used whole.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "deformable_detr/bilinear.h"
@@ -49,12 +49,13 @@ struct Location {
 template <typename scalar_t>
 __device__ __forceinline__ Location<acc_t<scalar_t>> load_location(const Params& p, int64_t point) {
   if (p.locations_dtype == DType::f32) {
-    const auto xy = Vec<float, 2>::load(static_cast<const float*>(p.sampling_locations) + 2 * point);
-    return {xy.data[0], xy.data[1]};
+    float xy[2];
+    Vec<float, 2>::load(static_cast<const float*>(p.sampling_locations) + 2 * point).unpack(xy);
+    return {xy[0], xy[1]};
   }
-  const auto xy =
-      Vec<scalar_t, 2>::load(static_cast<const scalar_t*>(p.sampling_locations) + 2 * point);
-  return {to_acc(xy.data[0]), to_acc(xy.data[1])};
+  acc_t<scalar_t> xy[2];
+  Vec<scalar_t, 2>::load(static_cast<const scalar_t*>(p.sampling_locations) + 2 * point).unpack(xy);
+  return {xy[0], xy[1]};
 }
 
 template <typename scalar_t>
@@ -71,158 +72,120 @@ template <typename scalar_t>
 __device__ __forceinline__ void store_location(const BackwardParams& p, int64_t point,
                                                const Location<acc_t<scalar_t>>& x) {
   if (p.locations_dtype == DType::f32) {
-    Vec<float, 2>{static_cast<float>(x.x), static_cast<float>(x.y)}.store(
-        static_cast<float*>(p.grad_sampling_locations) + 2 * point);
+    const float xy[2] = {static_cast<float>(x.x), static_cast<float>(x.y)};
+    Vec<float, 2>::pack(xy).store(static_cast<float*>(p.grad_sampling_locations) + 2 * point);
   } else {
-    Vec<scalar_t, 2>{from_acc<scalar_t>(x.x), from_acc<scalar_t>(x.y)}.store(
-        static_cast<scalar_t*>(p.grad_sampling_locations) + 2 * point);
+    const acc_t<scalar_t> xy[2] = {x.x, x.y};
+    Vec<scalar_t, 2>::pack(xy).store(static_cast<scalar_t*>(p.grad_sampling_locations) + 2 * point);
   }
 }
 
-// ------------------------------------------------------------------------------------------- tiles
+// ------------------------------------------------------------------------------------------ layout
 
-// A level and the number of tiles that its pixels make, as queries.
-struct TiledLevel : Level {
-  int32_t first_tile;
+// How a block's threads are cut into teams, and its tile into queries and heads. kLanes lanes hold
+// a row, 16 bytes each; kSplit such groups share the points of one row.
+template <int kLanes, int kSplit>
+struct Layout {
+  static constexpr int kTeam = kLanes * kSplit;
+  static constexpr int kTeams = kThreads / kTeam;
+  static constexpr int kTileHeads = kLanes < 8 ? 8 / kLanes : 1;
+  static constexpr int kTileQueries = kTeams / kTileHeads;
+
+  // Shared memory for a stage: per warp kTeam points of each of its teams. The teams read the same
+  // point at the same time, so its entries are adjacent; the gap after them keeps lanes that write
+  // the points of one team in different banks.
+  static constexpr int kWarpTeams = 32 / kTeam;
+  static constexpr int kPitch = kWarpTeams + (kWarpTeams > 4 ? kWarpTeams / 4 : kWarpTeams > 1);
+  static constexpr int kSlots = kThreads / 32 * kTeam * kPitch;
+
+  // Where this thread's team keeps its point 0; point i is i * kPitch further.
+  static __device__ __forceinline__ int first_slot() {
+    return threadIdx.x / 32 * kTeam * kPitch + threadIdx.x % 32 / kTeam;
+  }
 };
 
-struct Tiling {
-  int32_t tile_width, tile_height;  // queries per tile; in order, if not a rectangle: the product
-  int32_t tile_heads;
-  int32_t head_groups;  // ceil_div(heads, tile_heads)
-  bool queries_are_pixels;  // what the sizes allow; the levels decide
-
-  __host__ __device__ int32_t tile_queries() const { return tile_width * tile_height; }
-};
-
-// The block's table of levels, in shared memory.
-struct Levels {
-  const TiledLevel* level;
-  int64_t tiles;  // of queries: per batch and group of heads
-  bool rectangles;
-};
-
-// Fills `table` (levels + 1 entries of shared memory) by the whole block.
-__device__ __forceinline__ Levels load_levels(const Params& p, const Tiling& tiling,
-                                              TiledLevel* table) {
-  for (int i = threadIdx.x; i < p.levels; i += kThreads) {
-    static_cast<Level&>(table[i]) =
-        make_level(load_integer(p.spatial_shapes, p.shapes_int64, 2 * i),
-                   load_integer(p.spatial_shapes, p.shapes_int64, 2 * i + 1),
-                   load_integer(p.level_start_index, p.starts_int64, i), p.spatial_size);
-  }
-  __syncthreads();
-  const int64_t tiles_in_order = ceil_div<int64_t>(p.queries, tiling.tile_queries());
-  if (!tiling.queries_are_pixels) return {table, tiles_in_order, false};
-
-  // Rectangles serve every query once only if the levels follow each other without gap or overlap.
-  if (threadIdx.x == 0) {
-    int32_t tiles = 0;
-    int64_t pixels = 0;
-    bool adjacent = true;
-    for (int i = 0; i < p.levels; ++i) {
-      adjacent &= table[i].start == pixels && table[i].height > 0;
-      pixels += int64_t(table[i].height) * table[i].width;
-      table[i].first_tile = tiles;
-      tiles += ceil_div(table[i].height, tiling.tile_height) *
-               ceil_div(table[i].width, tiling.tile_width);
-    }
-    table[p.levels].first_tile = adjacent && pixels == p.queries ? tiles : -1;
-  }
-  __syncthreads();
-  const int32_t tiles = table[p.levels].first_tile;
-  return tiles < 0 ? Levels{table, tiles_in_order, false} : Levels{table, tiles, true};
-}
-
-// The query at place `slot` of tile `tile`, or -1 if there is none.
-__device__ __forceinline__ int64_t tile_query(const Params& p, const Tiling& tiling,
-                                              const Levels& levels, int64_t tile, int slot) {
-  if (!levels.rectangles) {
-    const int64_t query = tile * tiling.tile_queries() + slot;
-    return query < p.queries ? query : -1;
-  }
-  int i = 0;
-  while (tile >= levels.level[i + 1].first_tile) ++i;
-  const TiledLevel& level = levels.level[i];
-  const int32_t in_level = static_cast<int32_t>(tile) - level.first_tile;
-  const int32_t columns = ceil_div(level.width, tiling.tile_width);
-  const int32_t row = in_level / columns * tiling.tile_height + slot / tiling.tile_width;
-  const int32_t column = in_level % columns * tiling.tile_width + slot % tiling.tile_width;
-  if (row >= level.height || column >= level.width) return -1;
-  return level.start + row * level.width + column;
-}
-
-// What a team serves: one (batch, query, head).
+// What this thread's team serves.
 struct Work {
-  int64_t batch, query;
+  int64_t batch, row;  // row: (batch * queries + query) * heads + head
   int32_t head;
+  bool active;  // false for a team without a row, in the last tile
+};
 
-  __device__ __forceinline__ int64_t row(const Params& p) const {
-    return (batch * p.queries + query) * p.heads + head;
+template <typename Layout>
+__device__ __forceinline__ Work find_work(const Params& p) {
+  const int team = threadIdx.x / Layout::kTeam;
+  const int64_t query = int64_t(blockIdx.x) * Layout::kTileQueries + team / Layout::kTileHeads;
+  Work work;
+  work.batch = p.first_batch + blockIdx.z;
+  work.head = blockIdx.y * Layout::kTileHeads + team % Layout::kTileHeads;
+  work.active = query < p.queries && work.head < p.heads;
+  work.row = work.active ? (work.batch * p.queries + query) * p.heads + work.head : 0;
+  if (!work.active) work.head = 0;
+  return work;
+}
+
+// Fills `table` (an entry per level, in shared memory) by the whole block.
+__device__ __forceinline__ void load_levels(const Params& p, Level* table) {
+  for (int i = threadIdx.x; i < p.levels; i += kThreads) {
+    table[i] = make_level(load_integer(p.spatial_shapes, p.shapes_int64, 2 * i),
+                          load_integer(p.spatial_shapes, p.shapes_int64, 2 * i + 1),
+                          load_integer(p.level_start_index, p.starts_int64, i), p.spatial_size);
+  }
+  __syncthreads();
+}
+
+// The level of a lane's point, while the lane steps from stage to stage.
+struct PointCursor {
+  int32_t level, point;
+
+  __device__ __forceinline__ PointCursor(const Params& p, int lane)
+      : level(lane / p.points), point(lane % p.points) {}
+  __device__ __forceinline__ void advance(const Params& p, int32_t step) {
+    for (point += step; point >= p.points; point -= p.points) ++level;
   }
 };
 
-// The work of team `team` (of a block's) in tile `tile`; query is -1 if there is none.
-__device__ __forceinline__ Work tile_work(const Params& p, const Tiling& tiling,
-                                          const Levels& levels, int64_t tile, int team) {
-  const int64_t group = tile / levels.tiles;
-  Work work;
-  work.batch = group / tiling.head_groups;
-  work.head = static_cast<int32_t>(group % tiling.head_groups) * tiling.tile_heads +
-              team % tiling.tile_heads;
-  work.query = tile_query(p, tiling, levels, tile % levels.tiles, team / tiling.tile_heads);
-  if (work.head >= p.heads) work.query = -1;
-  return work;
+// A number for each corner of a point.
+template <typename acc>
+struct alignas(4 * sizeof(acc)) PerCorner {
+  acc corner[4];
+};
+
+// A corner's row in a tensor like value, from `origin`, its row in pixel 0. Spelled out because the
+// compiler would not see that one 32-by-32-bit multiplication is enough.
+template <typename element_t>
+__device__ __forceinline__ element_t* corner_row(element_t* origin, int32_t pixel,
+                                                 int32_t pixel_bytes) {
+  element_t* row;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(row) : "r"(pixel), "r"(pixel_bytes), "l"(origin));
+  return row;
 }
 
 // ------------------------------------------------------------------------------------------ launch
 
-// teams: how many a block has.
-inline Tiling make_tiling(const Params& p, int teams, int64_t row_bytes) {
-  Tiling tiling;
-  tiling.tile_heads = 1;
-  while (tiling.tile_heads < teams && tiling.tile_heads * row_bytes < 128 &&
-         tiling.tile_heads < p.heads) {
-    tiling.tile_heads *= 2;
-  }
-  tiling.head_groups = ceil_div(p.heads, tiling.tile_heads);
-  const int queries = teams / tiling.tile_heads;
-  tiling.tile_width = queries < 8 ? queries : 8;
-  tiling.tile_height = queries / tiling.tile_width;
-  tiling.queries_are_pixels = p.queries == p.spatial_size;
-  return tiling;
-}
-
-// Launches a kernel(params, tiling) over all tiles. Returns null, or the error.
-template <typename ParamsType>
-const char* launch(void (*kernel)(ParamsType, Tiling), const ParamsType& p, const Tiling& tiling,
-                   void* stream) {
+// Launches a kernel over all tiles (x), groups of heads (y) and batches (z; as many launches as it
+// takes). Returns null, or the error.
+template <typename Layout, typename ParamsType>
+const char* launch(void (*kernel)(ParamsType), const ParamsType& p, void* stream) {
   if (p.levels > kMaxLevels) return "more than 1024 levels";
-  const size_t table_bytes = (p.levels + 1) * sizeof(TiledLevel);
-  int64_t blocks =
-      ceil_div<int64_t>(p.queries, tiling.tile_queries()) * tiling.head_groups * p.batch;
-  if (tiling.queries_are_pixels) {
-    // How many rectangles there are only the GPU knows: its blocks walk over them.
-    int device, multiprocessors, resident;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (error == cudaSuccess) {
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, table_bytes);
-    }
+  constexpr int64_t kMaxBlocksYZ = 65535;
+  const int64_t tiles = ceil_div<int64_t>(p.queries, Layout::kTileQueries);
+  const int64_t head_groups = ceil_div(p.heads, Layout::kTileHeads);
+  if (tiles > INT32_MAX) return "more than 2^31 tiles of queries";
+  if (head_groups > kMaxBlocksYZ) return "more than 65535 groups of heads";
+  for (ParamsType part = p; part.first_batch < p.batch; part.first_batch += kMaxBlocksYZ) {
+    const int64_t batches = std::min(p.batch - part.first_batch, kMaxBlocksYZ);
+    const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(head_groups),
+                      static_cast<unsigned>(batches));
+    kernel<<<blocks, kThreads, p.levels * sizeof(Level), static_cast<cudaStream_t>(stream)>>>(part);
+    const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    const int64_t wave = int64_t(multiprocessors) * resident;
-    if (blocks > wave) blocks = wave;
   }
-  if (blocks > INT32_MAX) blocks = INT32_MAX;  // each then walks over several
-  kernel<<<static_cast<unsigned>(blocks), kThreads, table_bytes, static_cast<cudaStream_t>(stream)>>>(
-      p, tiling);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return nullptr;
 }
 
-// with_lanes(n, [&](auto lanes) { ... lanes.value ... }): n as a compile-time power of two up to 32.
+// with_lanes<2>(n, [&](auto lanes) { ... lanes.value ... }): the power of two from 2 to 32 at or
+// above n, as a constant.
 template <int kMin, typename Function>
 auto with_lanes(int64_t n, Function&& function) {
   if constexpr (kMin < 32) {

@@ -1,6 +1,8 @@
 // Vectors of channels: how rows are loaded, stored and added to global memory.
 #pragma once
 
+#include <type_traits>
+
 #include "deformable_detr/dispatch.h"
 
 namespace ms_deform_attn::cuda {
@@ -13,27 +15,80 @@ __device__ __forceinline__ float to_acc(bfloat16_t x) { return __bfloat162float(
 
 template <typename scalar_t>
 __device__ __forceinline__ scalar_t from_acc(acc_t<scalar_t> x) {
-  return static_cast<scalar_t>(x);
+  if constexpr (std::is_same_v<scalar_t, half_t>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<scalar_t, bfloat16_t>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
 }
+
+// Two adjacent half-type channels at a time: one instruction each, where taking the upper one out
+// of its word first would cost another.
+__device__ __forceinline__ float2 to_acc_pair(uint32_t word, half_t) {
+  return __half22float2(reinterpret_cast<const __half2&>(word));
+}
+__device__ __forceinline__ float2 to_acc_pair(uint32_t word, bfloat16_t) {
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+
+// An unsigned type of `bytes` bytes: what one instruction moves.
+template <int bytes>
+struct Bits;
 template <>
-__device__ __forceinline__ half_t from_acc<half_t>(float x) {
-  return __float2half_rn(x);
-}
+struct Bits<2> {
+  using type = uint16_t;
+};
 template <>
-__device__ __forceinline__ bfloat16_t from_acc<bfloat16_t>(float x) {
-  return __float2bfloat16_rn(x);
-}
+struct Bits<4> {
+  using type = uint32_t;
+};
+template <>
+struct Bits<8> {
+  using type = uint2;
+};
+template <>
+struct Bits<16> {
+  using type = uint4;
+};
 
 // N adjacent channels of a row, moved by one instruction of at most 16 bytes.
 template <typename scalar_t, int N>
-struct alignas(sizeof(scalar_t) * N) Vec {
-  static_assert(sizeof(scalar_t) * N <= 16 && (N & (N - 1)) == 0);
-  scalar_t data[N];
+struct Vec {
+  using bits_t = typename Bits<sizeof(scalar_t) * N>::type;
+  bits_t bits{};
 
+  // From a tensor that the kernel only reads.
   static __device__ __forceinline__ Vec load(const scalar_t* row) {
-    return *reinterpret_cast<const Vec*>(row);
+    return {__ldg(reinterpret_cast<const bits_t*>(row))};
   }
-  __device__ __forceinline__ void store(scalar_t* row) const { *reinterpret_cast<Vec*>(row) = *this; }
+  // To a tensor that the kernel does not read: it need not stay in the caches.
+  __device__ __forceinline__ void store(scalar_t* row) const {
+    __stcs(reinterpret_cast<bits_t*>(row), bits);
+  }
+
+  __device__ __forceinline__ void unpack(acc_t<scalar_t> (&x)[N]) const {
+    if constexpr (sizeof(scalar_t) == 2 && N > 1) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) {
+        const float2 pair = to_acc_pair(reinterpret_cast<const uint32_t*>(&bits)[i], scalar_t{});
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = to_acc(reinterpret_cast<const scalar_t*>(&bits)[i]);
+    }
+  }
+  static __device__ __forceinline__ Vec pack(const acc_t<scalar_t> (&x)[N]) {
+    Vec packed;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      reinterpret_cast<scalar_t*>(&packed.bits)[i] = from_acc<scalar_t>(x[i]);
+    }
+    return packed;
+  }
 };
 
 // row[i] += x[i], atomically.
@@ -50,11 +105,12 @@ __device__ __forceinline__ void atomic_add(float* row, const float (&x)[N]) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(row), "f"(x[0]), "f"(x[1]),
                  "f"(x[2]), "f"(x[3])
                  : "memory");
-    return;
-  }
+  } else
 #endif
+  {
 #pragma unroll
-  for (int i = 0; i < N; ++i) atomicAdd(row + i, x[i]);
+    for (int i = 0; i < N; ++i) atomicAdd(row + i, x[i]);
+  }
 }
 
 }  // namespace ms_deform_attn::cuda

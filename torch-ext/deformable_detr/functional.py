@@ -92,9 +92,7 @@ def ms_deform_attn_backward(
 
 
 @torch.library.register_fake(add_op_namespace_prefix("ms_deform_attn_forward"))
-def _forward_fake(
-    value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-):
+def _forward_fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
 

@@ -1,0 +1,55 @@
+# The front door. `make help` lists what there is.
+#
+# PYTHON names an existing environment to use as it is; without it, .venv is created and filled.
+# ARGS is passed through: make test ARGS="-k forward", make build ARGS="--archs all".
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+ARGS ?=
+
+ifdef PYTHON
+  ENVIRONMENT :=
+else
+  PYTHON := .venv/bin/python
+  ENVIRONMENT := .venv/.installed
+endif
+
+NATIVE = $(shell find deformable_detr torch-ext -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# The tests and benchmarks load this checkout where users load the Hub's repository.
+export LOCAL_KERNELS := org/deformable-detr=$(CURDIR)
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: bench
+bench: build ## compare with the eager implementations on this machine
+	$(PYTHON) -m benchmarks $(ARGS)
+
+.PHONY: test
+test: build ## run the test suite
+	$(PYTHON) -m pytest tests $(ARGS)
+
+.PHONY: build
+build: $(ENVIRONMENT) ## build this machine's variants into build/
+	$(PYTHON) tools/build.py $(if $(filter build,$(MAKECMDGOALS)),$(ARGS))
+
+.PHONY: lint
+lint: $(ENVIRONMENT) ## check the style of Python and native code
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -c 'import clang_format as c; c.clang_format()' --dry-run -Werror $(NATIVE)
+
+.PHONY: clean
+clean: ## remove what was built; .venv stays
+	rm -rf build .ninja
+
+# A machine with a GPU and no nvcc gets nvcc from pip.
+.venv/.installed: requirements.txt requirements-cuda.txt
+	python3 tools/build.py --check
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install -r requirements.txt
+	if nvidia-smi >/dev/null 2>&1 && ! .venv/bin/python tools/build.py --check --backend cuda; then \
+	  .venv/bin/python -m pip install -r requirements-cuda.txt; fi
+	touch $@

@@ -1,0 +1,129 @@
+"""Is the answer right? Every result is compared with float64 before its time counts."""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .benchmark import Inputs, Workload, gradients_in_chunks, make_grad_output
+from .implementations import ROOT
+
+# The relative error (norm of the difference over norm of the float64 result) up to which an answer
+# counts as sound. These tell a wrong answer from rounding, of peers too; the project's own, tighter
+# bounds are in its tests. For scale: coordinates in plain float32 cost up to 2e-5 on large maps.
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-5,
+    torch.float16: 8e-3,
+    torch.bfloat16: 8e-3,
+}
+# A location's gradient jumps where it crosses a pixel, and rounding puts a few on the other side,
+# where the derivative is as sound.
+LOCATION_TOLERANCES = {**TOLERANCES, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+
+# What a check samples at most on a CPU (in interpolated channels); a GPU checks every query.
+CPU_LIMIT = 2**22
+CHUNK = 2**24  # what is computed at a time
+
+
+def load_reference():
+    """The package's eager definition, from its source: the kernel need not be built."""
+    path = ROOT / "torch-ext" / "deformable_detr" / "reference.py"
+    spec = importlib.util.spec_from_file_location("deformable_detr_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ms_deform_attn
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far the tensors of one answer are from float64."""
+
+    errors: dict[str, float]  # relative, by tensor
+    tolerances: dict[str, float]
+    absmax: float  # largest absolute difference of all tensors
+    queries: int  # how many were checked
+
+    @property
+    def ok(self) -> bool:
+        # Written so that a NaN is not ok.
+        return all(self.errors[name] <= self.tolerances[name] for name in self.errors)
+
+    def as_record(self) -> dict:
+        """The ``corr`` field of a record."""
+        return {
+            "ok": self.ok,
+            "ref": "float64",
+            "queries": self.queries,
+            "error": self.errors,
+            "tolerance": self.tolerances,
+        }
+
+
+class Expected:
+    """The float64 results of one workload in one dtype, computed from the stored, rounded inputs.
+
+    Where that would take too long, some queries stand for all, evenly spread over the batch item.
+    A check of gradients then calls the backward with a grad_output that is zero for every other
+    query, so that grad_value, too, is known.
+    """
+
+    def __init__(self, workload: Workload, inputs: Inputs):
+        device, dtype = inputs.value.device, inputs.value.dtype
+        count = workload.queries
+        if device.type == "cpu":
+            count = min(count, max(1, CPU_LIMIT // workload.samples_per_query))
+        spread = torch.linspace(0, workload.queries - 1, count, dtype=torch.float64)
+        self.queries = spread.round().long().unique().to(device)
+        self.grad_output = make_grad_output(workload, dtype, device)  # what is timed
+        if count == workload.queries:
+            self.checked_grad_output = self.grad_output
+        else:
+            self.checked_grad_output = torch.zeros_like(self.grad_output)
+            self.checked_grad_output[:, self.queries] = self.grad_output[:, self.queries]
+
+        self._reference = load_reference()
+        value, shapes, starts, locations, weights = inputs.at(self.queries)
+        self._inputs64 = Inputs(
+            value.double(), shapes, starts, locations.double(), weights.double()
+        )
+        self._queries_per_chunk = max(1, CHUNK // workload.samples_per_query)
+
+    @cached_property
+    def output(self) -> torch.Tensor:
+        step = self._queries_per_chunk
+        starts = range(0, len(self.queries), step)
+        chunks = [self._inputs64.at(slice(start, start + step)) for start in starts]
+        return torch.cat([self._reference(*chunk) for chunk in chunks], dim=1)
+
+    @cached_property
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grad_output = self.grad_output[:, self.queries].double()
+        return gradients_in_chunks(
+            self._reference, self._inputs64, grad_output, self._queries_per_chunk
+        )
+
+    def check_output(self, output: torch.Tensor) -> Verdict:
+        return self._compare({"output": (output[:, self.queries], self.output)})
+
+    def check_gradients(self, gradients: tuple[torch.Tensor, ...]) -> Verdict:
+        """Args: gradients: of ``checked_grad_output``, of value, locations and weights."""
+        grad_value, grad_locations, grad_weights = gradients
+        actual = (grad_value, grad_locations[:, self.queries], grad_weights[:, self.queries])
+        names = ("grad_value", "grad_sampling_locations", "grad_attention_weights")
+        return self._compare(dict(zip(names, zip(actual, self.gradients))))
+
+    def _compare(self, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Verdict:
+        errors, tolerances, absmax = {}, {}, 0.0
+        for name, (actual, expected) in pairs.items():
+            if actual.shape != expected.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+                )
+            difference = actual.double() - expected
+            errors[name] = float(difference.norm() / expected.norm())
+            is_location = name == "grad_sampling_locations"
+            tolerances[name] = (LOCATION_TOLERANCES if is_location else TOLERANCES)[actual.dtype]
+            absmax = max(absmax, float(difference.abs().max()))
+        return Verdict(errors, tolerances, absmax, len(self.queries))

@@ -1,0 +1,96 @@
+"""How long a call takes, three ways: on the CPU, on the GPU alone, and seen from Python."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+ROUND = 20  # GPU calls enqueued at once
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often to call: ``reps`` times, or as often as fits in the budget and the limits."""
+
+    reps: int | None = None
+    budget_ms: float = 1000.0
+    min_reps: int = 3
+    max_reps: int = 100
+
+    def enough(self, times_ms: list[float]) -> bool:
+        if self.reps is not None:
+            return len(times_ms) >= self.reps
+        if len(times_ms) < self.min_reps:
+            return False
+        return len(times_ms) >= self.max_reps or sum(times_ms) >= self.budget_ms
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_call(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Calls, and returns the result with the milliseconds from Python to its being there."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, (time.perf_counter() - start) * 1e3
+
+
+def time_latency(call: Callable[[], object], device: torch.device, effort: Effort) -> list[float]:
+    """The milliseconds of each of a number of calls, waiting for each; all of a call on a CPU."""
+    times: list[float] = []
+    while not effort.enough(times):
+        times.append(timed_call(call, device)[1])
+    return times
+
+
+def time_device(call: Callable[[], object], device: torch.device, effort: Effort) -> list[float]:
+    """The milliseconds a GPU spends on each of a number of calls, its L2 cold.
+
+    Nothing waits between the calls of a round: while the GPU overwrites its L2 for one call, Python
+    enqueues the next, so that short kernels are not charged for the time it takes to launch them.
+    """
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(max(4 * l2_bytes, 2**28), dtype=torch.int8, device=device)
+    times: list[float] = []
+    while not effort.enough(times):
+        left = (effort.reps or effort.max_reps) - len(times)
+        # The first round is short: it tells how long the calls are.
+        size = min(left, ROUND if times else effort.min_reps)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(size)]
+        for start, end in events:
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(device)
+        times.extend(start.elapsed_time(end) for start, end in events)
+    return times
+
+
+def summarize(times_ms: list[float], warmup: int) -> dict:
+    """The ``lat_ms`` field of a record: quantiles as kernels-benchmarks has them, in ms."""
+    if len(times_ms) > 1:
+        cuts = statistics.quantiles(times_ms, n=20, method="inclusive")
+    else:
+        cuts = times_ms * 19
+    p10, p25, p50, p75, p90 = (cuts[i] for i in (1, 4, 9, 14, 17))
+    return {
+        "p10": p10,
+        "p50": p50,
+        "p90": p90,
+        "mean": statistics.fmean(times_ms),
+        "iqr": p75 - p25,
+        "raw_times": times_ms,
+        "has_warnings": p75 - p25 > 0.1 * p50,  # as there: a spread worth a second look
+        "reps": len(times_ms),
+        "warmup": warmup,
+    }

@@ -1,0 +1,37 @@
+"""The kernel under test, as users get it, and the devices to test it on."""
+
+import os
+from pathlib import Path
+
+import kernels
+import pytest
+import torch
+
+REPO_ID = "org/deformable-detr"
+os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={Path(__file__).resolve().parent.parent}")
+
+# A build of torch with CUDA loads the CUDA variant, which serves CPU tensors too. On a machine
+# without a GPU the CPU variant is asked for.
+_BACKEND = "cpu" if torch.version.cuda and not torch.cuda.is_available() else None
+KERNEL = kernels.get_kernel(REPO_ID, version=1, backend=_BACKEND)
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "kernels_ci: the subset kernel-builder runs; under a minute")
+
+
+def pytest_report_header(config):
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"kernel: {Path(KERNEL.__file__).parent.name}; torch {torch.__version__}; GPU: {gpu}"
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    return KERNEL
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param

@@ -1,0 +1,143 @@
+"""Output and gradients against the float64 reference: cases x dtypes x devices."""
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    HALF_DTYPES,
+    SMALL,
+    Case,
+    assert_close,
+    make_inputs,
+    relative_error,
+)
+
+GRADIENTS = ("grad_value", "grad_sampling_locations", "grad_attention_weights")
+
+
+def check_against_reference(kernel, inputs):
+    reference = inputs.double().require_grad()
+    expected = kernel.reference.ms_deform_attn(*reference.args)
+    expected_grads = torch.autograd.grad(
+        expected, reference.differentiable(), reference.grad_output
+    )
+
+    output = kernel.ms_deform_attn(*inputs.require_grad().args)
+    grads = torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output)
+
+    assert output.dtype == inputs.value.dtype
+    assert_close(output, expected, "output")
+    for name, tensor, grad, expected_grad in zip(
+        GRADIENTS, inputs.differentiable(), grads, expected_grads
+    ):
+        assert grad.dtype == tensor.dtype, name
+        assert_close(grad, expected_grad, name)
+
+
+# The location gradient jumps at a pixel centre. A stored float64 location is on one side of it by
+# less than the reference, itself float64, can tell: there only the other dtypes can be compared.
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case.name}-{dtype}")
+        for case in CASES
+        for dtype in DTYPES
+        if not (case.locations == "centres" and dtype == torch.float64)
+    ],
+)
+def test_matches_reference(kernel, device, case, dtype):
+    check_against_reference(kernel, make_inputs(case, dtype, device))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference_on_a_pyramid(kernel, device, dtype):
+    case = Case("pyramid", ((9, 14), (5, 7), (3, 4)), queries=40, heads=8, channels=32)
+    check_against_reference(kernel, make_inputs(case, dtype, device, seed=1))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("channels", [30, 32])
+@pytest.mark.parametrize("float_weights", [True, False])
+@pytest.mark.parametrize("float_locations", [True, False])
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_float_locations_and_weights_beside_a_half_value(
+    kernel, device, dtype, float_locations, float_weights, channels
+):
+    inputs = make_inputs(
+        Case("mixed", channels=channels),
+        dtype,
+        device,
+        locations_dtype=torch.float32 if float_locations else None,
+        weights_dtype=torch.float32 if float_weights else None,
+    )
+    check_against_reference(kernel, inputs)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("channels", [3, 4])
+def test_gradcheck(kernel, device, channels):
+    case = Case("gradcheck", ((4, 5), (2, 3)), batch=2, queries=3, channels=channels, points=2)
+    inputs = make_inputs(case, torch.float64, device).require_grad()
+    value, spatial_shapes, level_start_index, locations, weights = inputs.args
+
+    def operator(value, locations, weights):
+        return kernel.ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+
+    # On a GPU sums come in any order: gradients repeat to rounding only.
+    tolerance = 1e-10 if device == "cuda" else 0.0
+    assert torch.autograd.gradcheck(
+        operator, (value, locations, weights), nondet_tol=tolerance, fast_mode=False
+    )
+
+
+@pytest.mark.kernels_ci
+def test_backward_function_equals_autograd(kernel, device):
+    inputs = make_inputs(SMALL, torch.float32, device)
+    grads = kernel.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)
+    assert isinstance(grads, list)
+    output = kernel.ms_deform_attn(*inputs.require_grad().args)
+    expected = torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output)
+    for name, grad, other in zip(GRADIENTS, grads, expected):
+        assert relative_error(grad, other.double()) < 1e-6, name
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_one_input_at_a_time_may_require_grad(kernel, device, index):
+    inputs = make_inputs(SMALL, torch.float32, device)
+    full = kernel.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)
+    inputs.differentiable()[index].requires_grad_()
+    kernel.ms_deform_attn(*inputs.args).backward(inputs.grad_output)
+    for i, tensor in enumerate(inputs.differentiable()):
+        if i == index:
+            assert relative_error(tensor.grad, full[i].double()) < 1e-6
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_repeats_bit_for_bit_with_any_number_of_threads(kernel, dtype):
+    case = Case("threads", ((12, 17), (6, 9)), queries=90, heads=3, channels=32)
+    inputs = make_inputs(case, dtype)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            output = kernel.ms_deform_attn(*inputs.args)
+            grads = kernel.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)
+            results.append([output, *grads])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+def test_gpu_equals_cpu(kernel):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    case = Case("both", ((20, 27), (10, 14)), queries=500, heads=8, channels=32)
+    on_cpu = kernel.ms_deform_attn(*make_inputs(case, torch.float32).args)
+    on_gpu = kernel.ms_deform_attn(*make_inputs(case, torch.float32, "cuda").args)
+    assert relative_error(on_gpu.cpu(), on_cpu.double()) < 1e-6
