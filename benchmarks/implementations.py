@@ -132,7 +132,8 @@ def _load_grid_sample_compiled(workload: Workload) -> Operator:
 
 
 @cache
-def _get_kernel() -> ModuleType:
+def get_project_kernel() -> ModuleType:
+    """This checkout's kernel, the way users load it from the Hub."""
     os.environ.setdefault("LOCAL_KERNELS", f"{REPOSITORY}={ROOT}")
     # A CUDA build of torch makes the loader pick the CUDA variant, GPU or not.
     backend = None if torch.cuda.is_available() else "cpu"
@@ -140,7 +141,7 @@ def _get_kernel() -> ModuleType:
 
 
 def _load_kernel(workload: Workload) -> Operator:
-    kernel = _get_kernel()
+    kernel = get_project_kernel()
     return Operator(
         kernel.ms_deform_attn, lambda *arguments: kernel.ms_deform_attn_backward(*arguments, 64)
     )

@@ -15,6 +15,7 @@ from benchmarks.implementations import (
     KERNEL,
     Implementation,
     Operator,
+    get_project_kernel,
     seed_eager,
 )
 from benchmarks.suite import Case
@@ -106,9 +107,8 @@ def test_failure_is_recorded_and_survived(run, monkeypatch):
         raise MemoryError("no room\nfor this")
 
     monkeypatch.setitem(IMPLEMENTATIONS, "failing", Implementation({}, load))
-    # Implementations run in the order they are listed in: this one follows.
-    after = IMPLEMENTATIONS[BASELINE]
-    monkeypatch.setitem(IMPLEMENTATIONS, "after", after)
+    # They run in the order of the table, so this one comes after the failure.
+    monkeypatch.setitem(IMPLEMENTATIONS, "after", IMPLEMENTATIONS[BASELINE])
     _, records = run("--impls", "failing", "after", "--passes", "forward")
     failing, after = records
     assert failing["err"] == {"type": "MemoryError", "msg": "no room\nfor this"}
@@ -203,8 +203,7 @@ class TestInputs:
     def test_decoder_looks_around_its_reference_point(self):
         inputs = make_inputs("rfdetr_decoder_b8", torch.float32, "cpu")
         locations = inputs.sampling_locations
-        outside = ((locations < 0) | (locations > 1)).any(-1).float().mean()
-        assert 0.05 < outside < 0.2
+        assert locations.min() < 0 and locations.max() > 1  # not clamped
         # A query's 32 points scatter about one point by about 3 pixels of 48.
         spread = (locations * 48).var((2, 3, 4)).mean().sqrt()
         assert 3 < spread < 3.6
@@ -224,7 +223,9 @@ class TestKernelsBenchmark:
         }
 
     @pytest.mark.parametrize("name", ["Forward", "Backward", "ForwardFloat16"])
-    def test_classes(self, name):
+    def test_a_run_matches_its_reference(self, name):
         instance = getattr(benchmark, name)()
-        instance.kernel = IMPLEMENTATIONS[KERNEL].load(None).forward.__globals__
-        instance.device = "cpu"
+        instance.kernel, instance.device = get_project_kernel(), "cpu"
+        instance.setup_seed_b1_q100()
+        instance.benchmark_seed_b1_q100()
+        assert torch.allclose(instance.out, instance.verify_seed_b1_q100(), atol=1e-2)

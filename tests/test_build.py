@@ -296,6 +296,18 @@ def test_a_failed_build_leaves_the_last_one(
     before.validate(Digest.hash_variant(DigestAlgorithm.SHA256, built))
 
 
+def test_an_edit_during_the_build_is_refused(
+    checkout: builder.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was compiled may be older or newer than what the id was derived from."""
+    monkeypatch.setattr(
+        builder, "compile_and_link", lambda *_: edit(checkout, "deformable_detr/bilinear.h")
+    )
+    with pytest.raises(builder.BuildError, match="changed during the build"):
+        builder.build(checkout, "cpu", None, jobs=1, verbose=False)
+    assert not (checkout.root / "build").exists()
+
+
 # ------------------------------------------------------------------------------ tools, GPU and args
 
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void reduce_corners(acc (&x)[4], int lane) {
 }
 
 template <typename scalar_t, int kVec, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     backward_kernel(const __grid_constant__ BackwardParams p) {
   using acc = acc_t<scalar_t>;
   using Layout = cuda::Layout<kLanes, 1>;

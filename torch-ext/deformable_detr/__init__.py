@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: the sampling operator of Deformable DETR and its descendants."""
+"""Multi-scale deformable attention: the sampling operator of Deformable DETR and its heirs."""
 
 from . import layers, reference
 from .functional import ms_deform_attn, ms_deform_attn_backward, ms_deform_attn_forward
