@@ -109,18 +109,22 @@ def grid_sample(
         shapes: spatial_shapes on the host, which models have at hand.
     """
     batch, _, heads, channels = value.shape
-    grids = 2 * sampling_locations - 1
+    # Beside float32 locations, half values are promoted, as autocast promotes them.
+    dtype = torch.promote_types(value.dtype, sampling_locations.dtype)
+    grids = (2 * sampling_locations - 1).to(dtype)
     samples = []
     for level, pixels in enumerate(value.split([h * w for h, w in shapes], dim=1)):
         images = pixels.permute(0, 2, 3, 1).reshape(batch * heads, channels, *shapes[level])
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
         samples.append(
-            F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            F.grid_sample(
+                images.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False
+            )
         )
     # (batch * heads, channels, queries, levels * points), each times its weight.
     weights = attention_weights.flatten(3).transpose(1, 2).flatten(0, 1).unsqueeze(1)
     output = (torch.cat(samples, dim=-1) * weights).sum(-1)
-    return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
+    return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
 
 
 def _load_grid_sample_compiled(workload: Workload) -> Operator:

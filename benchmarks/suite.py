@@ -58,10 +58,7 @@ class Case:
     def __init__(self, workload: str, dtype: str, device: torch.device):
         sizes = WORKLOADS[workload]
         if not isinstance(sizes.points, int):
-            raise NotImplementedError(
-                f"{workload} has points {sizes.points} by level; what is compared here takes one "
-                "number for all levels"
-            )
+            raise NotImplementedError(f"points is {sizes.points}, expected one for all levels")
         value_dtype, other_dtype = DTYPES[dtype]
         self.device = device
         self.inputs = make_inputs(

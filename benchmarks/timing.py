@@ -1,4 +1,4 @@
-"""How long a call takes, three ways: on the CPU, on the GPU alone, and seen from Python."""
+"""How long a call takes: on the GPU alone, or from Python to its result."""
 
 import statistics
 import time

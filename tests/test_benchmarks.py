@@ -81,7 +81,7 @@ def test_records_are_appended(run):
     assert len(records) == 2 and records[0]["run"] != records[1]["run"]
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16_autocast"])
 @pytest.mark.parametrize("implementation", [BASELINE, "grid_sample", KERNEL])
 def test_implementations_agree_with_float64(implementation, dtype, tiny):
     case = Case("tiny", dtype, CPU)

@@ -195,10 +195,11 @@ def find_torch(stable_abi: tuple[int, int]) -> Path:
 
 def cuda_of_torch() -> tuple[int, int] | None:
     """The CUDA version of a CUDA build of torch, which the loader wants a variant for."""
-    spec = importlib.util.find_spec("torch.version") if importlib.util.find_spec("torch") else None
+    spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    match = re.search(r"^cuda\b.*= '(\d+)\.(\d+)", Path(spec.origin).read_text(), re.M)
+    version = (Path(spec.origin).parent / "version.py").read_text()
+    match = re.search(r"^cuda\b.*= '(\d+)\.(\d+)", version, re.M)
     return (int(match[1]), int(match[2])) if match else None
 
 
