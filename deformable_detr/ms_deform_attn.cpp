@@ -13,7 +13,6 @@
 #include <string>
 #include <tuple>
 
-#include "deformable_detr/bilinear.h"
 #include "torch-ext/torch_binding.h"
 
 #if defined(USE_CUDA)
@@ -123,29 +122,20 @@ bool is_int64(const char* name, const Tensor& tensor) {
 
 // ---------------------------------------------------------------------------------- level metadata
 
-int64_t integer_at(const Tensor& tensor, bool int64, int64_t index) {
-  return int64 ? static_cast<const int64_t*>(tensor.data_ptr())[index]
-               : static_cast<const int32_t*>(tensor.data_ptr())[index];
-}
-
 // Only for metadata on the CPU. On a GPU the kernels guard themselves.
-void check_levels(const Params& params, const Tensor& spatial_shapes,
-                  const Tensor& level_start_index) {
+void check_levels(const Params& params) {
   int64_t total = 0;
   for (int32_t level = 0; level < params.levels; ++level) {
-    const int64_t height = integer_at(spatial_shapes, params.shapes_int64, 2 * level);
-    const int64_t width = integer_at(spatial_shapes, params.shapes_int64, 2 * level + 1);
-    const int64_t start = integer_at(level_start_index, params.starts_int64, level);
+    const int64_t height = read_integer(params.spatial_shapes, params.shapes_int64, 2 * level);
+    const int64_t width = read_integer(params.spatial_shapes, params.shapes_int64, 2 * level + 1);
+    const int64_t start = read_integer(params.level_start_index, params.starts_int64, level);
     check(height > 0 && width > 0, "spatial_shapes has (", height, ", ", width, ") for level ",
           level, ", expected a positive height and width");
-    check(make_level(height, width, start, params.spatial_size).height > 0,
-          start < 0 || start >= params.spatial_size ? "level_start_index has "
-                                                    : "spatial_shapes has ",
-          start < 0 || start >= params.spatial_size
-              ? std::to_string(start)
-              : std::to_string(height) + " * " + std::to_string(width),
-          " for level ", level, ", expected a level inside the ", params.spatial_size,
-          " pixels of value.size(1) (it starts at ", start, ")");
+    check(0 <= start && start < params.spatial_size, "level_start_index has ", start, " for level ",
+          level, ", expected at least 0 and less than value.size(1)=", params.spatial_size);
+    check(read_level(params, level).height > 0, "spatial_shapes has ", height, " * ", width,
+          " pixels for level ", level, ", expected at most ", params.spatial_size - start,
+          ": value.size(1)=", params.spatial_size, " less its start ", start);
     total += height * width;
   }
   check(total == params.spatial_size, "spatial_shapes sums to ", total,
@@ -194,6 +184,9 @@ struct Inputs {
                  {"points"},
                  {"2", 2}});
     params.queries = sampling_locations.size(1);
+    check(params.levels * sampling_locations.size(4) <= INT32_MAX, "sampling_locations has ",
+          sampling_locations.size(4), " points in each of ", params.levels,
+          " levels, expected fewer than 2^31 in all");
     params.points = static_cast<int32_t>(sampling_locations.size(4));
     check_shape("attention_weights", attention_weights,
                 {{"batch", params.batch},
@@ -219,13 +212,13 @@ struct Inputs {
     level_start_index = contiguous_or_copy(level_start_index);
     sampling_locations = aligned(sampling_locations);
     attention_weights = aligned(attention_weights);
-    if (value.is_cpu()) check_levels(params, spatial_shapes, level_start_index);
 
     params.value = value.data_ptr();
     params.spatial_shapes = spatial_shapes.data_ptr();
     params.level_start_index = level_start_index.data_ptr();
     params.sampling_locations = sampling_locations.data_ptr();
     params.attention_weights = attention_weights.data_ptr();
+    if (value.is_cpu()) check_levels(params);
     return params;
   }
 };
@@ -240,7 +233,7 @@ void launch_on_current_stream(const Tensor& value, Launch&& launch) {
   check(aoti_torch_get_current_cuda_stream(value.get_device_index(), &stream) == 0,
         "cannot get the current CUDA stream of ", device_of(value));
   const char* error = launch(stream);
-  check(error == nullptr, "CUDA launch failed: ", error ? error : "");
+  check(error == nullptr, "ms_deform_attn on ", device_of(value), ": ", error ? error : "");
 }
 #endif
 
@@ -276,6 +269,7 @@ Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& 
   Tensor output = torch::stable::new_empty(
       inputs.value, {params.batch, params.queries, int64_t(params.heads) * params.channels});
   if (output.numel() == 0) return output;
+  if (inputs.attention_weights.numel() == 0) return torch::stable::zero_(output);
   params.output = output.data_ptr();
   run_forward(inputs.value, params);
   return output;

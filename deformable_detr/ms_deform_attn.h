@@ -4,22 +4,20 @@
 // has its tensor's shape beside it.
 #pragma once
 
+#include "deformable_detr/bilinear.h"
 #include "deformable_detr/dispatch.h"
 
 namespace ms_deform_attn {
 
-// Names of the dimensions, in the order the tensors have them.
-struct Sizes {
+struct Params {
   int64_t batch;
   int64_t spatial_size;  // sum(height * width) over the levels, below 2^31
   int64_t queries;
   int32_t heads;
   int32_t levels;
-  int32_t points;    // per level
+  int32_t points;    // per level; levels * points is below 2^31
   int32_t channels;  // per head; heads * channels is below 2^28
-};
 
-struct Params : Sizes {
   int64_t first_batch;    // the first one to compute: 0, unless a backend cuts its work into parts
   DType value_dtype;      // also of output, grad_output
   DType locations_dtype;  // value_dtype, or f32 beside a half value
@@ -43,9 +41,22 @@ struct BackwardParams : Params {
   void* grad_attention_weights;   // as attention_weights
 };
 
-// Both compute nothing twice and nothing outside their tensors, whatever the level metadata and the
-// locations hold: a level that does not fit into spatial_size contributes zero. On a GPU they only
-// enqueue, on `stream`; they return null, or what went wrong.
+// An element of the level metadata.
+MSDA_HOST_DEVICE int64_t read_integer(const void* data, bool int64, int64_t index) {
+  return int64 ? static_cast<const int64_t*>(data)[index]
+               : static_cast<const int32_t*>(data)[index];
+}
+
+MSDA_HOST_DEVICE Level read_level(const Params& p, int64_t level) {
+  return make_level(read_integer(p.spatial_shapes, p.shapes_int64, 2 * level),
+                    read_integer(p.spatial_shapes, p.shapes_int64, 2 * level + 1),
+                    read_integer(p.level_start_index, p.starts_int64, level), p.spatial_size);
+}
+
+// The backends read and write nothing outside their tensors, whatever the level metadata and the
+// locations hold: a level that does not fit into spatial_size contributes zero. There is at least
+// one point, and something to compute. On a GPU they only enqueue, on `stream`; they return null,
+// or what went wrong.
 namespace cpu {
 void forward(const Params& params);
 void backward(const BackwardParams& params);

@@ -247,6 +247,16 @@ def test_bad_levels_on_a_gpu_read_and_write_nothing_outside(kernel, name):
     assert all(tensor.isfinite().all() for tensor in (output, *grads))
 
 
+def test_more_levels_than_a_gpu_takes(kernel, device):
+    case = Case("levels", ((1, 1),) * 1025, batch=1, queries=2, heads=1, points=1)
+    inputs = make_inputs(case, torch.float32, device)
+    if device == "cpu":
+        assert_close(kernel.ms_deform_attn(*inputs.args), reference_of(kernel, inputs), "output")
+    else:
+        with pytest.raises(RuntimeError, match="spatial_shapes has too many levels.*1024"):
+            kernel.ms_deform_attn(*inputs.args)
+
+
 def test_bad_grad_output(kernel, device):
     inputs = make_inputs(SMALL, torch.float32, device)
     for grad_output, expected in (

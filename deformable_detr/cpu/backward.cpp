@@ -57,34 +57,27 @@ inline __attribute__((always_inline)) void backward_slices(const BackwardParams&
       for (int32_t channel = 0; channel < p.channels; ++channel) {
         grad[channel] = static_cast<acc>(grad_output[channel]);
       }
-      int64_t point = row * p.levels * p.points;
-      for (int32_t level = 0; level < p.levels; ++level) {
-        for (int32_t i = 0; i < p.points; ++i, ++point) {
-          const Corners<acc> corners(
-              load_operand<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point),
-              load_operand<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point + 1),
-              levels[level]);
-          const acc weight = load_operand<scalar_t>(p.attention_weights, p.weights_dtype, point);
-          acc dot[4] = {0, 0, 0, 0};
-          for (int corner = 0; corner < 4; ++corner) {
-            if (corners.pixel[corner] == kOutside) continue;
-            const acc share = weight * corners.share(corner);
-            const int64_t offset = corners.pixel[corner] * pixel_stride;
-            const scalar_t* __restrict__ pixel = value + offset;
-            acc* __restrict__ grad_pixel = grad_value + offset;
-            dot[corner] = dot_product<scalar_t>(grad, pixel, p.channels);
-            for (int32_t channel = 0; channel < p.channels; ++channel) {
-              grad_pixel[channel] += share * grad[channel];
-            }
+      const auto differentiate_point = [&](int64_t point, acc weight, const Corners<acc>& corners,
+                                           const Level& level) {
+        acc dot[4] = {0, 0, 0, 0};
+        for (int corner = 0; corner < 4; ++corner) {
+          if (corners.pixel[corner] == kOutside) continue;
+          const acc share = weight * corners.share(corner);
+          const int64_t offset = corners.pixel[corner] * pixel_stride;
+          acc* __restrict__ grad_pixel = grad_value + offset;
+          dot[corner] = dot_product<scalar_t>(grad, value + offset, p.channels);
+          for (int32_t channel = 0; channel < p.channels; ++channel) {
+            grad_pixel[channel] += share * grad[channel];
           }
-          store_operand<scalar_t>(p.grad_attention_weights, p.weights_dtype, point,
-                                  corners.sample(dot));
-          store_operand<scalar_t>(p.grad_sampling_locations, p.locations_dtype, 2 * point,
-                                  weight * corners.d_location_x(dot, levels[level]));
-          store_operand<scalar_t>(p.grad_sampling_locations, p.locations_dtype, 2 * point + 1,
-                                  weight * corners.d_location_y(dot, levels[level]));
         }
-      }
+        store_operand<scalar_t>(p.grad_attention_weights, p.weights_dtype, point,
+                                corners.sample(dot));
+        store_operand<scalar_t>(p.grad_sampling_locations, p.locations_dtype, 2 * point,
+                                weight * corners.d_location_x(dot, level));
+        store_operand<scalar_t>(p.grad_sampling_locations, p.locations_dtype, 2 * point + 1,
+                                weight * corners.d_location_y(dot, level));
+      };
+      for_each_point<scalar_t>(p, levels, row, differentiate_point);
     }
   }
 }

@@ -30,24 +30,17 @@ inline __attribute__((always_inline)) void forward_rows(const Params& p, const L
       const scalar_t* value = static_cast<const scalar_t*>(p.value) +
                               batch * p.spatial_size * pixel_stride + int64_t(head) * p.channels;
       std::fill_n(sum, p.channels, acc(0));
-      int64_t point = (row * p.heads + head) * p.levels * p.points;
-      for (int32_t level = 0; level < p.levels; ++level) {
-        for (int32_t i = 0; i < p.points; ++i, ++point) {
-          const Corners<acc> corners(
-              load_operand<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point),
-              load_operand<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point + 1),
-              levels[level]);
-          const acc weight = load_operand<scalar_t>(p.attention_weights, p.weights_dtype, point);
-          for (int corner = 0; corner < 4; ++corner) {
-            if (corners.pixel[corner] == kOutside) continue;
-            const acc share = weight * corners.share(corner);
-            const scalar_t* __restrict__ pixel = value + corners.pixel[corner] * pixel_stride;
-            for (int32_t channel = 0; channel < p.channels; ++channel) {
-              sum[channel] += share * static_cast<acc>(pixel[channel]);
-            }
+      const auto add_point = [&](int64_t, acc weight, const Corners<acc>& corners, const Level&) {
+        for (int corner = 0; corner < 4; ++corner) {
+          if (corners.pixel[corner] == kOutside) continue;
+          const acc share = weight * corners.share(corner);
+          const scalar_t* __restrict__ pixel = value + corners.pixel[corner] * pixel_stride;
+          for (int32_t channel = 0; channel < p.channels; ++channel) {
+            sum[channel] += share * static_cast<acc>(pixel[channel]);
           }
         }
-      }
+      };
+      for_each_point<scalar_t>(p, levels, row * p.heads + head, add_point);
       scalar_t* output = static_cast<scalar_t*>(p.output) + (row * p.heads + head) * p.channels;
       for (int32_t channel = 0; channel < p.channels; ++channel) {
         output[channel] = static_cast<scalar_t>(sum[channel]);

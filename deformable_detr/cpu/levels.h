@@ -1,24 +1,15 @@
-// Reading what the Params point at, on the CPU.
+// Reading what the Params point at, and walking over the points, on the CPU.
 #pragma once
 
 #include <vector>
 
-#include "deformable_detr/bilinear.h"
 #include "deformable_detr/ms_deform_attn.h"
 
 namespace ms_deform_attn::cpu {
 
 inline std::vector<Level> read_levels(const Params& p) {
-  const auto integer = [](const void* data, bool int64, int64_t index) {
-    return int64 ? static_cast<const int64_t*>(data)[index]
-                 : static_cast<const int32_t*>(data)[index];
-  };
   std::vector<Level> levels(p.levels);
-  for (int32_t level = 0; level < p.levels; ++level) {
-    levels[level] = make_level(integer(p.spatial_shapes, p.shapes_int64, 2 * level),
-                               integer(p.spatial_shapes, p.shapes_int64, 2 * level + 1),
-                               integer(p.level_start_index, p.starts_int64, level), p.spatial_size);
-  }
+  for (int32_t level = 0; level < p.levels; ++level) levels[level] = read_level(p, level);
   return levels;
 }
 
@@ -35,6 +26,24 @@ void store_operand(void* data, DType dtype, int64_t index, acc_t<scalar_t> x) {
     static_cast<float*>(data)[index] = static_cast<float>(x);
   } else {
     static_cast<scalar_t*>(data)[index] = static_cast<scalar_t>(x);
+  }
+}
+
+// body(point, weight, corners, level) for the points of a row: a (batch, query, head).
+template <typename scalar_t, typename Body>
+inline __attribute__((always_inline)) void for_each_point(const Params& p, const Level* levels,
+                                                          int64_t row, const Body& body) {
+  using acc = acc_t<scalar_t>;
+  int64_t point = row * p.levels * p.points;
+  for (int32_t level = 0; level < p.levels; ++level) {
+    for (int32_t i = 0; i < p.points; ++i, ++point) {
+      const Corners<acc> corners(
+          load_operand<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point),
+          load_operand<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point + 1),
+          levels[level]);
+      body(point, load_operand<scalar_t>(p.attention_weights, p.weights_dtype, point), corners,
+           levels[level]);
+    }
   }
 }
 

@@ -100,7 +100,8 @@ const char* launch_forward(const Params& p, void* stream) {
   return launch<Layout<kLanes, kSplit>>(forward_kernel<scalar_t, kVec, kLanes, kSplit>, p, stream);
 }
 
-// Below this many rows a GPU has lanes to spare: the points of each are spread over four groups.
+// Below this many rows a GPU has lanes to spare: the points of each are spread over four groups of
+// lanes, where those are small.
 constexpr int64_t kFewRows = 16384;
 
 }  // namespace
@@ -117,7 +118,7 @@ const char* forward(const Params& params, void* stream) {
       return;
     }
     error = with_lanes<2>(params.channels / kVec, [&](auto lanes) {
-      if constexpr (lanes.value <= 8) {
+      if constexpr (lanes.value <= 4) {
         if (params.batch * params.queries * params.heads <= kFewRows) {
           return launch_forward<scalar_t, kVec, lanes.value, 4>(params, stream);
         }

@@ -13,7 +13,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "deformable_detr/bilinear.h"
 #include "deformable_detr/cuda/vec.cuh"
 #include "deformable_detr/ms_deform_attn.h"
 
@@ -28,11 +27,6 @@ __host__ __device__ constexpr integer_t ceil_div(integer_t a, integer_t b) {
 }
 
 // ---------------------------------------------------------------------------------------- operands
-
-__device__ __forceinline__ int64_t load_integer(const void* data, bool int64, int64_t index) {
-  return int64 ? static_cast<const int64_t*>(data)[index]
-               : static_cast<const int32_t*>(data)[index];
-}
 
 // A location or weight is stored as scalar_t or, beside a half value, as float.
 template <typename scalar_t>
@@ -126,11 +120,7 @@ __device__ __forceinline__ Work find_work(const Params& p) {
 
 // Fills `table` (an entry per level, in shared memory) by the whole block.
 __device__ __forceinline__ void load_levels(const Params& p, Level* table) {
-  for (int i = threadIdx.x; i < p.levels; i += kThreads) {
-    table[i] = make_level(load_integer(p.spatial_shapes, p.shapes_int64, 2 * i),
-                          load_integer(p.spatial_shapes, p.shapes_int64, 2 * i + 1),
-                          load_integer(p.level_start_index, p.starts_int64, i), p.spatial_size);
-  }
+  for (int i = threadIdx.x; i < p.levels; i += kThreads) table[i] = read_level(p, i);
   __syncthreads();
 }
 
@@ -167,12 +157,12 @@ __device__ __forceinline__ element_t* corner_row(element_t* origin, int32_t pixe
 // takes). Returns null, or the error.
 template <typename Layout, typename ParamsType>
 const char* launch(void (*kernel)(ParamsType), const ParamsType& p, void* stream) {
-  if (p.levels > kMaxLevels) return "more than 1024 levels";
+  if (p.levels > kMaxLevels) return "spatial_shapes has too many levels, expected at most 1024";
   constexpr int64_t kMaxBlocksYZ = 65535;
   const int64_t tiles = ceil_div<int64_t>(p.queries, Layout::kTileQueries);
   const int64_t head_groups = ceil_div(p.heads, Layout::kTileHeads);
-  if (tiles > INT32_MAX) return "more than 2^31 tiles of queries";
-  if (head_groups > kMaxBlocksYZ) return "more than 65535 groups of heads";
+  if (tiles > INT32_MAX) return "sampling_locations has too many queries, expected below 2^31";
+  if (head_groups > kMaxBlocksYZ) return "value has too many heads, expected at most 65535";
   for (ParamsType part = p; part.first_batch < p.batch; part.first_batch += kMaxBlocksYZ) {
     const int64_t batches = std::min(p.batch - part.first_batch, kMaxBlocksYZ);
     const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(head_groups),
