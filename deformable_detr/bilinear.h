@@ -1,4 +1,4 @@
-// What a sampling point means: the geometry of bilinear sampling, once for host and device.
+// What a sampling point means: the geometry of sampling, once for host and device.
 //
 // A level is a map of height x width pixels inside value's flattened spatial dimension. A location
 // (x, y) in [0, 1] lies at pixel (x * width - 0.5, y * height - 0.5). Its sample is the sum over
@@ -10,6 +10,9 @@
 //
 // where right and down in [0, 1) are the point's distances from nw. A pixel outside the map
 // contributes zero, so a point more than a pixel outside, or not finite, has none at all.
+//
+// Nearest sampling (RT-DETRv2's "discrete") takes one pixel whole: (floor(x * width + 0.5),
+// floor(y * height + 0.5)), moved into the map. It has no gradient by location.
 #pragma once
 
 #include <cmath>
@@ -63,6 +66,8 @@ struct Coordinate {
     return floor >= -1 && floor < static_cast<acc_t>(size);
   }
 };
+
+enum class Method : int8_t { bilinear, nearest };
 
 constexpr int32_t kOutside = -1;
 

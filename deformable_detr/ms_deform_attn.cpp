@@ -187,13 +187,14 @@ struct Inputs {
     check(params.levels * sampling_locations.size(4) <= INT32_MAX, "sampling_locations has ",
           sampling_locations.size(4), " points in each of ", params.levels,
           " levels, expected fewer than 2^31 in all");
-    params.points = static_cast<int32_t>(sampling_locations.size(4));
+    params.points_per_level = static_cast<int32_t>(sampling_locations.size(4));
+    params.points = params.levels * params.points_per_level;
     check_shape("attention_weights", attention_weights,
                 {{"batch", params.batch},
                  {"queries", params.queries},
                  {"heads", params.heads},
                  {"levels", params.levels},
-                 {"points", params.points}});
+                 {"points", params.points_per_level}});
 
     params.shapes_int64 = is_int64("spatial_shapes", spatial_shapes);
     params.starts_int64 = is_int64("level_start_index", level_start_index);

@@ -9,14 +9,20 @@
 
 namespace ms_deform_attn {
 
+// Levels may have numbers of points of their own (D-FINE), up to this many levels.
+constexpr int32_t kMaxUnequalLevels = 32;
+
 struct Params {
   int64_t batch;
   int64_t spatial_size;  // sum(height * width) over the levels, below 2^31
   int64_t queries;
   int32_t heads;
   int32_t levels;
-  int32_t points;    // per level; levels * points is below 2^31
-  int32_t channels;  // per head; heads * channels is below 2^28
+  int32_t points;            // of one (batch, query, head), over all levels
+  int32_t points_per_level;  // the same in each level, or 0: see level_points
+  int32_t channels;          // per head; heads * channels is below 2^28
+  int32_t level_points[kMaxUnequalLevels];  // of each level, where points_per_level is 0
+  Method method;
 
   int64_t first_batch;    // the first one to compute: 0, unless a backend cuts its work into parts
   DType value_dtype;      // also of output, grad_output
@@ -28,8 +34,8 @@ struct Params {
   const void* value;               // [batch, spatial_size, heads, channels]
   const void* spatial_shapes;      // [levels, 2] as (height, width)
   const void* level_start_index;   // [levels]
-  const void* sampling_locations;  // [batch, queries, heads, levels, points, 2] as (x, y)
-  const void* attention_weights;   // [batch, queries, heads, levels, points]
+  const void* sampling_locations;  // [batch, queries, heads, points, 2] as (x, y)
+  const void* attention_weights;   // [batch, queries, heads, points]
   void* output;                    // [batch, queries, heads, channels]
 };
 
@@ -51,6 +57,10 @@ MSDA_HOST_DEVICE Level read_level(const Params& p, int64_t level) {
   return make_level(read_integer(p.spatial_shapes, p.shapes_int64, 2 * level),
                     read_integer(p.spatial_shapes, p.shapes_int64, 2 * level + 1),
                     read_integer(p.level_start_index, p.starts_int64, level), p.spatial_size);
+}
+
+MSDA_HOST_DEVICE int32_t points_of_level(const Params& p, int32_t level) {
+  return p.points_per_level > 0 ? p.points_per_level : p.level_points[level];
 }
 
 // The backends read and write nothing outside their tensors, whatever the level metadata and the

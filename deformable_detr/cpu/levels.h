@@ -34,9 +34,9 @@ template <typename scalar_t, typename Body>
 inline __attribute__((always_inline)) void for_each_point(const Params& p, const Level* levels,
                                                           int64_t row, const Body& body) {
   using acc = acc_t<scalar_t>;
-  int64_t point = row * p.levels * p.points;
+  int64_t point = row * p.points;
   for (int32_t level = 0; level < p.levels; ++level) {
-    for (int32_t i = 0; i < p.points; ++i, ++point) {
+    for (int32_t i = 0; i < points_of_level(p, level); ++i, ++point) {
       const Corners<acc> corners(
           load_operand<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point),
           load_operand<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point + 1),

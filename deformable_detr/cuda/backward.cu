@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int lane = threadIdx.x % kLanes;
   const int first_slot = Layout::first_slot();
   const int own_slot = first_slot + lane * Layout::kPitch;
-  const int32_t all_points = p.levels * p.points;
+  const int32_t all_points = p.points;
   const int32_t pixel_bytes = p.heads * p.channels * static_cast<int32_t>(sizeof(scalar_t));
   const int32_t grad_pixel_bytes = p.heads * p.channels * static_cast<int32_t>(sizeof(acc));
   const int64_t origin = (work.batch * p.spatial_size * p.heads + work.head) * p.channels;

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const __grid_const
   const int lane = threadIdx.x % Layout::kTeam;
   const int split = lane / kLanes;
   const int first_slot = Layout::first_slot();
-  const int32_t all_points = p.levels * p.points;
+  const int32_t all_points = p.points;
   const int32_t pixel_bytes = p.heads * p.channels * static_cast<int32_t>(sizeof(scalar_t));
   const scalar_t* value = static_cast<const scalar_t*>(p.value) +
                           (work.batch * p.spatial_size * p.heads + work.head) * p.channels;

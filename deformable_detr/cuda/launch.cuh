@@ -129,9 +129,9 @@ struct PointCursor {
   int32_t level, point;
 
   __device__ __forceinline__ PointCursor(const Params& p, int lane)
-      : level(lane / p.points), point(lane % p.points) {}
+      : level(lane / p.points_per_level), point(lane % p.points_per_level) {}
   __device__ __forceinline__ void advance(const Params& p, int32_t step) {
-    for (point += step; point >= p.points; point -= p.points) ++level;
+    for (point += step; point >= p.points_per_level; point -= p.points_per_level) ++level;
   }
 };
 
