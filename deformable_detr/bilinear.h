@@ -26,7 +26,7 @@
 
 namespace ms_deform_attn {
 
-struct Level {
+struct alignas(16) Level {
   int32_t height;
   int32_t width;
   int32_t start;  // of the level's first pixel in value's spatial dimension
@@ -48,7 +48,7 @@ MSDA_HOST_DEVICE Level make_level(int64_t height, int64_t width, int64_t start,
 // errors of the product (fma) and of the subtraction are kept and added to the fraction.
 template <typename acc_t>
 struct Coordinate {
-  acc_t floor;
+  int32_t floor;
   acc_t fraction;
 
   MSDA_HOST_DEVICE Coordinate(acc_t location, int32_t size) {
@@ -56,14 +56,26 @@ struct Coordinate {
     const acc_t pixel = product - acc_t(0.5);
     const acc_t error =
         std::fma(location, static_cast<acc_t>(size), -product) + ((product - pixel) - acc_t(0.5));
-    floor = std::floor(pixel);
-    if (pixel == floor && error < 0) floor -= 1;
-    fraction = (pixel - floor) + error;
+    const acc_t down = std::floor(pixel);
+    const acc_t rest = (pixel - down) + error;
+    // The true pixel is just below the rounded one, which is whole.
+    const bool below = rest < 0;
+    fraction = below ? rest + 1 : rest;
+    floor = to_index(down, size) - (below ? 1 : 0);
   }
 
-  // Whether this pixel or the next lies in [0, size). False for NaN and infinity.
-  MSDA_HOST_DEVICE bool touches(int32_t size) const {
-    return floor >= -1 && floor < static_cast<acc_t>(size);
+  // Whether the pixel, or the one after it, lies in [0, size). False for NaN and infinity.
+  MSDA_HOST_DEVICE bool is_inside(int32_t size) const {
+    return static_cast<uint32_t>(floor) < static_cast<uint32_t>(size);
+  }
+  MSDA_HOST_DEVICE bool next_is_inside(int32_t size) const {
+    return static_cast<uint32_t>(floor) + 1u < static_cast<uint32_t>(size);
+  }
+
+ private:
+  // A number that is not finite, or far outside, becomes one that is outside.
+  static MSDA_HOST_DEVICE int32_t to_index(acc_t down, int32_t size) {
+    return static_cast<int32_t>(down >= -1 && down <= static_cast<acc_t>(size) ? down : acc_t(-3));
   }
 };
 
@@ -75,42 +87,52 @@ constexpr int32_t kOutside = -1;
 template <typename acc_t>
 struct Corners {
   int32_t pixel[4];  // in value's spatial dimension, or kOutside
-  acc_t right, down;
+  acc_t column_share[2], row_share[2];  // of west and east, north and south; outside: zero
 
-  MSDA_HOST_DEVICE Corners() : pixel{kOutside, kOutside, kOutside, kOutside}, right(0), down(0) {}
+  MSDA_HOST_DEVICE Corners()
+      : pixel{kOutside, kOutside, kOutside, kOutside}, column_share{0, 0}, row_share{0, 0} {}
 
-  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level) : Corners() {
+  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level) {
     const Coordinate<acc_t> x(location_x, level.width), y(location_y, level.height);
-    if (!x.touches(level.width) || !y.touches(level.height)) return;
-    right = x.fraction;
-    down = y.fraction;
-    const int32_t column = static_cast<int32_t>(x.floor), row = static_cast<int32_t>(y.floor);
-    const bool west = column >= 0, east = column < level.width - 1;
-    const bool north = row >= 0, south = row < level.height - 1;
-    const int32_t nw = level.start + row * level.width + column;
-    if (north && west) pixel[0] = nw;
-    if (north && east) pixel[1] = nw + 1;
-    if (south && west) pixel[2] = nw + level.width;
-    if (south && east) pixel[3] = nw + level.width + 1;
+    const bool west = x.is_inside(level.width), east = x.next_is_inside(level.width);
+    const bool north = y.is_inside(level.height), south = y.next_is_inside(level.height);
+    column_share[0] = west ? 1 - x.fraction : 0;
+    column_share[1] = east ? x.fraction : 0;
+    row_share[0] = north ? 1 - y.fraction : 0;
+    row_share[1] = south ? y.fraction : 0;
+    const int32_t nw = level.start + y.floor * level.width + x.floor;
+    pixel[0] = north && west ? nw : kOutside;
+    pixel[1] = north && east ? nw + 1 : kOutside;
+    pixel[2] = south && west ? nw + level.width : kOutside;
+    pixel[3] = south && east ? nw + level.width + 1 : kOutside;
   }
 
+  // The first corner inside, or kOutside. All corners lie within a row and a pixel after it.
+  MSDA_HOST_DEVICE int32_t first_pixel() const {
+    for (int corner = 0; corner < 3; ++corner) {
+      if (pixel[corner] != kOutside) return pixel[corner];
+    }
+    return pixel[3];
+  }
+
+  // A corner's part in the sample.
   MSDA_HOST_DEVICE acc_t share(int corner) const {
-    return (corner & 1 ? right : 1 - right) * (corner & 2 ? down : 1 - down);
+    return column_share[corner & 1] * row_share[corner >> 1];
   }
 
-  // The sample's derivatives by location (not by pixel), from the four corners' values, where a
-  // corner outside has value zero.
+  // The sample and its derivatives by location (not by pixel), from the four corners' values, where
+  // a corner outside has value zero.
+  MSDA_HOST_DEVICE acc_t sample(const acc_t (&corner)[4]) const {
+    return row_share[0] * (column_share[0] * corner[0] + column_share[1] * corner[1]) +
+           row_share[1] * (column_share[0] * corner[2] + column_share[1] * corner[3]);
+  }
   MSDA_HOST_DEVICE acc_t d_location_x(const acc_t (&corner)[4], const Level& level) const {
     return static_cast<acc_t>(level.width) *
-           ((1 - down) * (corner[1] - corner[0]) + down * (corner[3] - corner[2]));
+           (row_share[0] * (corner[1] - corner[0]) + row_share[1] * (corner[3] - corner[2]));
   }
   MSDA_HOST_DEVICE acc_t d_location_y(const acc_t (&corner)[4], const Level& level) const {
     return static_cast<acc_t>(level.height) *
-           ((1 - right) * (corner[2] - corner[0]) + right * (corner[3] - corner[1]));
-  }
-  MSDA_HOST_DEVICE acc_t sample(const acc_t (&corner)[4]) const {
-    return (1 - down) * ((1 - right) * corner[0] + right * corner[1]) +
-           down * ((1 - right) * corner[2] + right * corner[3]);
+           (column_share[0] * (corner[2] - corner[0]) + column_share[1] * (corner[3] - corner[1]));
   }
 };
 

@@ -42,7 +42,8 @@ struct Params {
 struct BackwardParams : Params {
   const void* grad_output;  // [batch, queries, heads, channels]
 
-  void* grad_value;               // [batch, spatial_size, heads, channels] of acc_t, zero on entry
+  void* scratch;  // cuda::backward_scratch_bytes(params) bytes
+  void* grad_value;               // [batch, spatial_size, heads, channels]
   void* grad_sampling_locations;  // as sampling_locations
   void* grad_attention_weights;   // as attention_weights
 };
@@ -74,6 +75,7 @@ void backward(const BackwardParams& params);
 
 namespace cuda {
 const char* forward(const Params& params, void* stream);
+int64_t backward_scratch_bytes(const Params& params);
 const char* backward(const BackwardParams& params, void* stream);
 }  // namespace cuda
 
