@@ -41,6 +41,24 @@ MSDA_HOST_DEVICE Level make_level(int64_t height, int64_t width, int64_t start,
   return {static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(start)};
 }
 
+// A number to twice the precision of acc_t: rounded, and the rest.
+template <typename acc_t>
+struct Exact {
+  acc_t rounded, rest;
+};
+
+template <typename acc_t>
+MSDA_HOST_DEVICE Exact<acc_t> exact(double x) {
+  const acc_t rounded = static_cast<acc_t>(x);
+  return {rounded, static_cast<acc_t>(x - rounded)};
+}
+
+template <typename acc_t>
+MSDA_HOST_DEVICE Exact<acc_t> multiply(acc_t a, const Exact<acc_t>& b) {
+  const acc_t product = a * b.rounded;
+  return {product, std::fma(a, b.rounded, -product) + a * b.rest};
+}
+
 // One axis of a location: pixel = location * size - 0.5, split into its floor and the rest.
 //
 // Rounding the product alone would misplace a point on a map 300 pixels wide by 1e-5 pixels, and
@@ -56,9 +74,27 @@ struct Coordinate {
     const acc_t pixel = product - acc_t(0.5);
     const acc_t error =
         std::fma(location, static_cast<acc_t>(size), -product) + ((product - pixel) - acc_t(0.5));
-    floor = std::floor(pixel);
-    if (pixel == floor && error < 0) floor -= 1;
-    fraction = (pixel - floor) + error;
+    split({pixel, error});
+  }
+
+  // A reference point and a sampling offset of `extent` pixels per unit: pixel = reference * size +
+  // offset * extent - 0.5. The two products may cancel, and leave errors above the sum's rounding.
+  MSDA_HOST_DEVICE Coordinate(acc_t reference, int32_t size, acc_t offset,
+                              const Exact<acc_t>& extent) {
+    const Exact<acc_t> from = multiply(reference, Exact<acc_t>{static_cast<acc_t>(size), 0});
+    const Exact<acc_t> move = multiply(offset, extent);
+    const acc_t sum = from.rounded + move.rounded, part = sum - from.rounded;
+    const acc_t sum_error = (from.rounded - (sum - part)) + (move.rounded - part);
+    const acc_t shifted = sum - acc_t(0.5);
+    const acc_t error = (((sum - shifted) - acc_t(0.5)) + sum_error) + (from.rest + move.rest);
+    const acc_t pixel = shifted + error;
+    split({pixel, (shifted - pixel) + error});
+  }
+
+  MSDA_HOST_DEVICE void split(const Exact<acc_t>& pixel) {
+    floor = std::floor(pixel.rounded);
+    if (pixel.rounded == floor && pixel.rest < 0) floor -= 1;
+    fraction = (pixel.rounded - floor) + pixel.rest;
   }
 
   // Whether this pixel or the next lies in [0, size). False for NaN and infinity.

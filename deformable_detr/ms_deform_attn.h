@@ -18,9 +18,9 @@ struct Params {
   int64_t queries;
   int32_t heads;
   int32_t levels;
-  int32_t points;            // of one (batch, query, head), over all levels
-  int32_t points_per_level;  // the same in each level, or 0: see level_points
-  int32_t channels;          // per head; heads * channels is below 2^28
+  int32_t points;                           // of one (batch, query, head), over all levels
+  int32_t points_per_level;                 // the same in each level, or 0: see level_points
+  int32_t channels;                         // per head; heads * channels is below 2^28
   int32_t level_points[kMaxUnequalLevels];  // of each level, where points_per_level is 0
   Method method;
 
@@ -28,14 +28,23 @@ struct Params {
   DType value_dtype;      // also of output, grad_output
   DType locations_dtype;  // value_dtype, or f32 beside a half value
   DType weights_dtype;    // likewise
+  DType reference_dtype;  // likewise
   bool shapes_int64;      // else int32
   bool starts_int64;      // else int32
+
+  // Fused: sampling_locations holds the sampling offsets, attention_weights the logits, of which
+  // the weights are the softmax over the points. See offset_extents.
+  int32_t reference_levels;       // levels, or 1: the same reference point for each level
+  int32_t reference_coordinates;  // 2: (x, y), or 4: (x, y, width, height)
+  double offset_scale;            // for 4 coordinates
 
   const void* value;               // [batch, spatial_size, heads, channels]
   const void* spatial_shapes;      // [levels, 2] as (height, width)
   const void* level_start_index;   // [levels]
   const void* sampling_locations;  // [batch, queries, heads, points, 2] as (x, y)
   const void* attention_weights;   // [batch, queries, heads, points]
+  const void* reference_points;    // [batch, queries, reference_levels, reference_coordinates], or
+                                   // null: not fused
   void* output;                    // [batch, queries, heads, channels]
 };
 
@@ -45,6 +54,8 @@ struct BackwardParams : Params {
   void* grad_value;               // [batch, spatial_size, heads, channels] of acc_t, zero on entry
   void* grad_sampling_locations;  // as sampling_locations
   void* grad_attention_weights;   // as attention_weights
+  void* grad_reference_points;    // [batch, queries, heads, reference_levels,
+                                  // reference_coordinates] of acc_t, or null: not wanted
 };
 
 // An element of the level metadata.
@@ -61,6 +72,24 @@ MSDA_HOST_DEVICE Level read_level(const Params& p, int64_t level) {
 
 MSDA_HOST_DEVICE int32_t points_of_level(const Params& p, int32_t level) {
   return p.points_per_level > 0 ? p.points_per_level : p.level_points[level];
+}
+
+// How far a sampling offset of one moves a point, in pixels. Beside reference points with 2
+// coordinates offsets are pixels; beside 4 they are shares of the reference box:
+// location = (x, y) + offset / points_of_level * (width, height) * offset_scale.
+template <typename acc_t>
+struct Extents {
+  Exact<acc_t> x, y;
+};
+
+template <typename acc_t>
+MSDA_HOST_DEVICE Extents<acc_t> offset_extents(const Params& p, int32_t level_index,
+                                               const Level& level, acc_t box_width,
+                                               acc_t box_height) {
+  if (p.reference_coordinates == 2) return {{1, 0}, {1, 0}};
+  const double scale = p.offset_scale / points_of_level(p, level_index);
+  return {multiply(box_width, exact<acc_t>(scale * level.width)),
+          multiply(box_height, exact<acc_t>(scale * level.height))};
 }
 
 // The backends read and write nothing outside their tensors, whatever the level metadata and the
