@@ -1,10 +1,11 @@
-"""Multi-scale deformable attention as functions, and what PyTorch must know of the native ops."""
+"""Multi-scale deformable attention as functions."""
 
 from typing import List, Optional
 
 import torch
 
-from ._ops import add_op_namespace_prefix, ops
+from . import registrations  # noqa: F401
+from ._ops import ops
 
 
 def ms_deform_attn(
@@ -178,114 +179,3 @@ def ms_deform_attn_backward(
             value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output
         )
     )
-
-
-# ------------------------------------------------------------------------------------------ fakes
-
-
-@torch.library.register_fake(add_op_namespace_prefix("ms_deform_attn_forward"))
-def _forward_fake(
-    value,
-    spatial_shapes,
-    level_start_index,
-    sampling_locations,
-    attention_weights,
-    points_per_level=(),
-    nearest=False,
-):
-    batch, _, heads, channels = value.shape
-    return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
-
-
-@torch.library.register_fake(add_op_namespace_prefix("ms_deform_attn_backward"))
-def _backward_fake(
-    value,
-    spatial_shapes,
-    level_start_index,
-    sampling_locations,
-    attention_weights,
-    grad_output,
-    points_per_level=(),
-    nearest=False,
-):
-    return tuple(
-        tensor.new_empty(tensor.shape) for tensor in (value, sampling_locations, attention_weights)
-    )
-
-
-@torch.library.register_fake(add_op_namespace_prefix("fused_ms_deform_attn_forward"))
-def _fused_forward_fake(
-    value,
-    spatial_shapes,
-    level_start_index,
-    reference_points,
-    sampling_offsets,
-    attention_logits,
-    points_per_level,
-    nearest,
-    offset_scale,
-):
-    batch, _, heads, channels = value.shape
-    return value.new_empty(batch, sampling_offsets.shape[1], heads * channels)
-
-
-@torch.library.register_fake(add_op_namespace_prefix("fused_ms_deform_attn_backward"))
-def _fused_backward_fake(
-    value,
-    spatial_shapes,
-    level_start_index,
-    reference_points,
-    sampling_offsets,
-    attention_logits,
-    grad_output,
-    points_per_level,
-    nearest,
-    offset_scale,
-    reference_needs_grad,
-):
-    return (
-        value.new_empty(value.shape),
-        reference_points.new_empty(reference_points.shape if reference_needs_grad else 0),
-        sampling_offsets.new_empty(sampling_offsets.shape),
-        attention_logits.new_empty(attention_logits.shape),
-    )
-
-
-# --------------------------------------------------------------------------------------- autograd
-
-
-def _setup_context(ctx, inputs, output):
-    tensors, ctx.options = inputs[:5], inputs[5:]
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_output):
-    grad_value, grad_locations, grad_weights = ops.ms_deform_attn_backward(
-        *ctx.saved_tensors, grad_output, *ctx.options
-    )
-    return grad_value, None, None, grad_locations, grad_weights, None, None
-
-
-def _fused_setup_context(ctx, inputs, output):
-    tensors, ctx.options = inputs[:6], inputs[6:]
-    ctx.save_for_backward(*tensors)
-
-
-def _fused_backward(ctx, grad_output):
-    reference_needs_grad = ctx.needs_input_grad[3]
-    grad_value, grad_reference, grad_offsets, grad_logits = ops.fused_ms_deform_attn_backward(
-        *ctx.saved_tensors, grad_output, *ctx.options, reference_needs_grad
-    )
-    if not reference_needs_grad:
-        grad_reference = None
-    return grad_value, None, None, grad_reference, grad_offsets, grad_logits, None, None, None
-
-
-torch.library.register_autograd(
-    add_op_namespace_prefix("ms_deform_attn_forward"), _backward, setup_context=_setup_context
-)
-torch.library.register_autograd(
-    add_op_namespace_prefix("fused_ms_deform_attn_forward"),
-    _fused_backward,
-    setup_context=_fused_setup_context,
-)
