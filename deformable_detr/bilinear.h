@@ -12,7 +12,8 @@
 // contributes zero, so a point more than a pixel outside, or not finite, has none at all.
 //
 // Nearest sampling (RT-DETRv2's "discrete") takes one pixel whole: (floor(x * width + 0.5),
-// floor(y * height + 0.5)), moved into the map. It has no gradient by location.
+// floor(y * height + 0.5)), moved into the map. Its gradient by location is zero: d_location_x and
+// d_location_y are of bilinear sampling only.
 #pragma once
 
 #include <cmath>
@@ -21,10 +22,12 @@
 #if defined(__CUDACC__)
 #define MSDA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define MSDA_HOST_DEVICE inline
+#define MSDA_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace ms_deform_attn {
+
+constexpr int32_t kOutside = -1;
 
 struct Level {
   int32_t height;
@@ -57,19 +60,30 @@ struct Coordinate {
     const acc_t error =
         std::fma(location, static_cast<acc_t>(size), -product) + ((product - pixel) - acc_t(0.5));
     floor = std::floor(pixel);
-    if (pixel == floor && error < 0) floor -= 1;
+    floor -= (pixel == floor) & (error < 0) ? acc_t(1) : acc_t(0);
     fraction = (pixel - floor) + error;
   }
 
   // Whether this pixel or the next lies in [0, size). False for NaN and infinity.
   MSDA_HOST_DEVICE bool touches(int32_t size) const {
-    return floor >= -1 && floor < static_cast<acc_t>(size);
+    return (floor >= -1) & (floor < static_cast<acc_t>(size));
   }
 };
 
-enum class Method : int8_t { bilinear, nearest };
+// One axis of a location, sampled at the nearest pixel: floor(location * size + 0.5) moved into
+// [0, size), or kOutside where the location is not finite. The fma with zero is the product,
+// rounded: the compiler may not fuse it with the sum, whose rounding decides the ties.
+template <typename acc_t>
+MSDA_HOST_DEVICE int32_t nearest_pixel(acc_t location, int32_t size) {
+  const acc_t limit = static_cast<acc_t>(size);
+  const acc_t pixel = std::fma(location, limit, acc_t(0)) + acc_t(0.5);
+  const bool finite = (location - location == 0) & (size > 0);
+  const int32_t index = static_cast<int32_t>((pixel > 0) & (pixel < limit) ? pixel : acc_t(0));
+  const int32_t inside = (pixel < limit) & (index < size) ? index : size - 1;
+  return finite ? inside : kOutside;
+}
 
-constexpr int32_t kOutside = -1;
+enum class Method : int8_t { bilinear, nearest };
 
 // The four corners of a point, in the order nw, ne, sw, se.
 template <typename acc_t>
@@ -79,19 +93,35 @@ struct Corners {
 
   MSDA_HOST_DEVICE Corners() : pixel{kOutside, kOutside, kOutside, kOutside}, right(0), down(0) {}
 
-  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level) : Corners() {
+  // Without branches, so that a loop over points is vectorised.
+  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level) {
     const Coordinate<acc_t> x(location_x, level.width), y(location_y, level.height);
-    if (!x.touches(level.width) || !y.touches(level.height)) return;
-    right = x.fraction;
-    down = y.fraction;
-    const int32_t column = static_cast<int32_t>(x.floor), row = static_cast<int32_t>(y.floor);
-    const bool west = column >= 0, east = column < level.width - 1;
+    const bool touches = x.touches(level.width) & y.touches(level.height);
+    right = touches ? x.fraction : acc_t(0);
+    down = touches ? y.fraction : acc_t(0);
+    const int32_t column = static_cast<int32_t>(touches ? x.floor : acc_t(0));
+    const int32_t row = static_cast<int32_t>(touches ? y.floor : acc_t(0));
+    const bool west = touches & (column >= 0) & (column < level.width);
+    const bool east = touches & (column < level.width - 1);
     const bool north = row >= 0, south = row < level.height - 1;
     const int32_t nw = level.start + row * level.width + column;
-    if (north && west) pixel[0] = nw;
-    if (north && east) pixel[1] = nw + 1;
-    if (south && west) pixel[2] = nw + level.width;
-    if (south && east) pixel[3] = nw + level.width + 1;
+    pixel[0] = north & west ? nw : kOutside;
+    pixel[1] = north & east ? nw + 1 : kOutside;
+    pixel[2] = south & west ? nw + level.width : kOutside;
+    pixel[3] = south & east ? nw + level.width + 1 : kOutside;
+  }
+
+  // Nearest sampling has its one pixel for nw, with a share of one; the others are outside.
+  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level, Method method)
+      : Corners() {
+    if (method == Method::bilinear) {
+      *this = Corners(location_x, location_y, level);
+      return;
+    }
+    const int32_t column = nearest_pixel(location_x, level.width);
+    const int32_t row = nearest_pixel(location_y, level.height);
+    const bool inside = (column != kOutside) & (row != kOutside);
+    pixel[0] = inside ? level.start + row * level.width + column : kOutside;
   }
 
   MSDA_HOST_DEVICE acc_t share(int corner) const {
