@@ -12,7 +12,8 @@
 // contributes zero, so a point more than a pixel outside, or not finite, has none at all.
 //
 // Nearest sampling (RT-DETRv2's "discrete") takes one pixel whole: (floor(x * width + 0.5),
-// floor(y * height + 0.5)), moved into the map. It has no gradient by location.
+// floor(y * height + 0.5)), moved into the map. Its gradient by location is zero: d_location_x and
+// d_location_y are of bilinear sampling only.
 #pragma once
 
 #include <cmath>
@@ -21,7 +22,7 @@
 #if defined(__CUDACC__)
 #define MSDA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define MSDA_HOST_DEVICE inline
+#define MSDA_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace ms_deform_attn {
@@ -40,6 +41,8 @@ MSDA_HOST_DEVICE Level make_level(int64_t height, int64_t width, int64_t start,
   if (!fits) return {0, 0, 0};
   return {static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(start)};
 }
+
+constexpr int32_t kOutside = -1;
 
 // A number to twice the precision of acc_t: rounded, and the rest.
 template <typename acc_t>
@@ -93,19 +96,26 @@ struct Coordinate {
 
   MSDA_HOST_DEVICE void split(const Exact<acc_t>& pixel) {
     floor = std::floor(pixel.rounded);
-    if (pixel.rounded == floor && pixel.rest < 0) floor -= 1;
+    floor -= (pixel.rounded == floor) & (pixel.rest < 0) ? acc_t(1) : acc_t(0);
     fraction = (pixel.rounded - floor) + pixel.rest;
   }
 
   // Whether this pixel or the next lies in [0, size). False for NaN and infinity.
   MSDA_HOST_DEVICE bool touches(int32_t size) const {
-    return floor >= -1 && floor < static_cast<acc_t>(size);
+    return (floor >= -1) & (floor < static_cast<acc_t>(size));
+  }
+
+  // floor(location * size + 0.5) moved into [0, size), or kOutside where that is not finite.
+  MSDA_HOST_DEVICE int32_t nearest(int32_t size) const {
+    const acc_t pixel = floor + 1, last = static_cast<acc_t>(size - 1);
+    const bool inside = (pixel > 0) & (pixel < last);
+    const int32_t moved = pixel >= last ? size - 1 : 0;
+    const int32_t index = inside ? static_cast<int32_t>(inside ? pixel : acc_t(0)) : moved;
+    return (floor - floor == 0) & (size > 0) ? index : kOutside;
   }
 };
 
 enum class Method : int8_t { bilinear, nearest };
-
-constexpr int32_t kOutside = -1;
 
 // The four corners of a point, in the order nw, ne, sw, se.
 template <typename acc_t>
@@ -115,20 +125,41 @@ struct Corners {
 
   MSDA_HOST_DEVICE Corners() : pixel{kOutside, kOutside, kOutside, kOutside}, right(0), down(0) {}
 
-  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level) : Corners() {
-    const Coordinate<acc_t> x(location_x, level.width), y(location_y, level.height);
-    if (!x.touches(level.width) || !y.touches(level.height)) return;
-    right = x.fraction;
-    down = y.fraction;
-    const int32_t column = static_cast<int32_t>(x.floor), row = static_cast<int32_t>(y.floor);
-    const bool west = column >= 0, east = column < level.width - 1;
+  // Without branches, so that a loop over points is vectorised.
+  MSDA_HOST_DEVICE Corners(const Coordinate<acc_t>& x, const Coordinate<acc_t>& y,
+                           const Level& level) {
+    const bool touches = x.touches(level.width) & y.touches(level.height);
+    right = touches ? x.fraction : acc_t(0);
+    down = touches ? y.fraction : acc_t(0);
+    const int32_t column = static_cast<int32_t>(touches ? x.floor : acc_t(0));
+    const int32_t row = static_cast<int32_t>(touches ? y.floor : acc_t(0));
+    const bool west = touches & (column >= 0) & (column < level.width);
+    const bool east = touches & (column < level.width - 1);
     const bool north = row >= 0, south = row < level.height - 1;
     const int32_t nw = level.start + row * level.width + column;
-    if (north && west) pixel[0] = nw;
-    if (north && east) pixel[1] = nw + 1;
-    if (south && west) pixel[2] = nw + level.width;
-    if (south && east) pixel[3] = nw + level.width + 1;
+    pixel[0] = north & west ? nw : kOutside;
+    pixel[1] = north & east ? nw + 1 : kOutside;
+    pixel[2] = south & west ? nw + level.width : kOutside;
+    pixel[3] = south & east ? nw + level.width + 1 : kOutside;
   }
+
+  // Nearest sampling has its one pixel for nw, with a share of one; the others are outside.
+  MSDA_HOST_DEVICE Corners(const Coordinate<acc_t>& x, const Coordinate<acc_t>& y,
+                           const Level& level, Method method)
+      : Corners() {
+    if (method == Method::bilinear) {
+      *this = Corners(x, y, level);
+      return;
+    }
+    const int32_t column = x.nearest(level.width), row = y.nearest(level.height);
+    const bool inside = (column != kOutside) & (row != kOutside);
+    pixel[0] = inside ? level.start + row * level.width + column : kOutside;
+  }
+
+  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level,
+                           Method method = Method::bilinear)
+      : Corners(Coordinate<acc_t>(location_x, level.width),
+                Coordinate<acc_t>(location_y, level.height), level, method) {}
 
   MSDA_HOST_DEVICE acc_t share(int corner) const {
     return (corner & 1 ? right : 1 - right) * (corner & 2 ? down : 1 - down);
