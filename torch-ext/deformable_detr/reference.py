@@ -42,56 +42,18 @@ def ms_deform_attn(
     Returns:
         (batch, queries, heads * channels) in ``value``'s dtype.
     """
-    batch, _, heads, channels = value.shape
-    queries = sampling_locations.shape[1]
-    compute_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     if points_per_level is None:
         levels, points = sampling_locations.shape[3:5]
         points_per_level = [points] * levels
         sampling_locations = sampling_locations.flatten(3, 4)
         attention_weights = attention_weights.flatten(3)
 
-    # Per head a table of pixels: (batch, heads, sum(h*w), channels).
-    table = value.to(compute_dtype).permute(0, 2, 1, 3)
-    output = table.new_zeros(batch, heads, queries, channels)
-    of_levels = zip(
-        spatial_shapes.tolist(),
-        level_start_index.tolist(),
-        sampling_locations.to(compute_dtype).transpose(1, 2).split(points_per_level, 3),
-        attention_weights.to(compute_dtype).transpose(1, 2).split(points_per_level, 3),
-    )
-    for (height, width), start, location, weight in of_levels:
-        # (batch, heads, queries, points) each.
-        finite = location.isfinite().all(-1)
-        x, y = torch.where(finite[..., None], location, 0).unbind(-1)
-        for row, column, share in _pixels(x, y, height, width, method):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & finite
-            pixel = torch.where(inside, row * width + column, 0).long() + start
-            corner = torch.gather(
-                table, 2, pixel.flatten(2)[..., None].expand(-1, -1, -1, channels)
-            ).view(batch, heads, queries, -1, channels)
-            # A corner that does not count is replaced, not multiplied by zero: 0 * inf is NaN.
-            corner = torch.where(inside[..., None], corner, 0)
-            share = torch.where(inside, weight * share, 0)
-            output = output + (share[..., None] * corner).sum(3)
-
-    return output.transpose(1, 2).flatten(2).to(value.dtype)
-
-
-def _pixels(x, y, height, width, method):
-    """The pixels a sample at (x, y) takes, and how much of each: (row, column, share)."""
-    if method == "nearest":
-        column = (x * width + 0.5).floor().clamp(0, width - 1)
-        row = (y * height + 0.5).floor().clamp(0, height - 1)
-        yield row, column, torch.ones_like(x)
-        return
-    x = x * width - 0.5
-    y = y * height - 0.5
-    left, top = x.floor(), y.floor()
-    right_share, bottom_share = x - left, y - top
-    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
-        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
-            yield row, column, row_share * column_share
+    dtype = _compute_dtype(value)
+    widths_heights = spatial_shapes.flip(1).to(dtype)
+    locations = sampling_locations.to(dtype).split(points_per_level, 3)
+    pixels = [location * size - 0.5 for location, size in zip(locations, widths_heights)]
+    weights = attention_weights.to(dtype).split(points_per_level, 3)
+    return _sample(value, spatial_shapes, level_start_index, pixels, weights, method)
 
 
 def fused_ms_deform_attn(
@@ -122,29 +84,65 @@ def fused_ms_deform_attn(
     Returns:
         (batch, queries, heads * channels) in ``value``'s dtype.
     """
-    compute_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     if points_per_level is None:
         levels, points = sampling_offsets.shape[3:5]
         points_per_level = [points] * levels
         sampling_offsets = sampling_offsets.flatten(3, 4)
         attention_logits = attention_logits.flatten(3)
 
-    reference_points = reference_points.to(compute_dtype)
-    reference_points = reference_points.expand(-1, -1, len(points_per_level), -1)
-    locations = []
-    for level, offsets in enumerate(sampling_offsets.to(compute_dtype).split(points_per_level, 3)):
-        reference = reference_points[:, :, None, level, None]
-        if reference.shape[-1] == 2:
-            locations.append(reference + offsets / spatial_shapes[level].flip(0))
-        else:
-            share = offsets / points_per_level[level] * offset_scale
-            locations.append(reference[..., :2] + share * reference[..., 2:])
-    return ms_deform_attn(
-        value,
-        spatial_shapes,
-        level_start_index,
-        torch.cat(locations, 3),
-        attention_logits.to(compute_dtype).softmax(-1),
-        points_per_level=points_per_level,
-        method=method,
-    )
+    dtype = _compute_dtype(value)
+    references = reference_points.to(dtype).expand(-1, -1, len(points_per_level), -1)
+    offsets = sampling_offsets.to(dtype).split(points_per_level, 3)
+    pixels = []
+    for level, size in enumerate(spatial_shapes.flip(1).to(dtype)):
+        reference, offset = references[:, :, None, level, None], offsets[level]
+        if reference.shape[-1] == 4:
+            offset = offset / points_per_level[level] * reference[..., 2:] * offset_scale * size
+        pixels.append(reference[..., :2] * size + offset - 0.5)
+    weights = attention_logits.to(dtype).softmax(-1).split(points_per_level, 3)
+    return _sample(value, spatial_shapes, level_start_index, pixels, weights, method)
+
+
+def _compute_dtype(value):
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _sample(value, spatial_shapes, level_start_index, pixels, weights, method):
+    """The operator from each level's pixels, (batch, queries, heads, points, 2), and weights."""
+    batch, _, heads, channels = value.shape
+    queries = pixels[0].shape[1]
+
+    # Per head a table of pixels: (batch, heads, sum(h*w), channels).
+    table = value.to(_compute_dtype(value)).permute(0, 2, 1, 3)
+    output = table.new_zeros(batch, heads, queries, channels)
+    levels = zip(spatial_shapes.tolist(), level_start_index.tolist(), pixels, weights)
+    for (height, width), start, pixel, weight in levels:
+        finite = pixel.isfinite().all(-1)
+        x, y = torch.where(finite[..., None], pixel, 0).unbind(-1)
+        for row, column, share in _corners(x, y, height, width, method):
+            # (batch, heads, queries, points) each.
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & finite
+            index = torch.where(inside, row * width + column, 0).long() + start
+            share = torch.where(inside, weight * share, 0)
+            inside, index, share = (t.transpose(1, 2) for t in (inside, index, share))
+            corner = torch.gather(
+                table, 2, index.flatten(2)[..., None].expand(-1, -1, -1, channels)
+            ).view(*index.shape, channels)
+            # A corner that does not count is replaced, not multiplied by zero: 0 * inf is NaN.
+            corner = torch.where(inside[..., None], corner, 0)
+            output = output + (share[..., None] * corner).sum(3)
+
+    return output.transpose(1, 2).flatten(2).to(value.dtype)
+
+
+def _corners(x, y, height, width, method):
+    """The pixels that a sample at pixel (x, y) takes, with their shares: (row, column, share)."""
+    left, top = x.floor(), y.floor()
+    if method == "nearest":
+        # floor(location * size + 0.5), moved into the map.
+        yield (top + 1).clamp(0, height - 1), (left + 1).clamp(0, width - 1), torch.ones_like(x)
+        return
+    right_share, bottom_share = x - left, y - top
+    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
+        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
+            yield row, column, row_share * column_share
