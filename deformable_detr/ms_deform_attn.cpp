@@ -161,7 +161,7 @@ Tensor aligned(const Tensor& tensor) {
 // attention_weights are logits.
 struct Inputs {
   Tensor value, spatial_shapes, level_start_index, sampling_locations, attention_weights;
-  const std::vector<int64_t>& points_per_level;
+  const std::optional<std::vector<int64_t>>& points_per_level;
   bool nearest;
   std::optional<Tensor> reference_points = std::nullopt;
   double offset_scale = 0;
@@ -181,10 +181,10 @@ struct Inputs {
     check_shape("spatial_shapes", spatial_shapes, {{"levels"}, {"2", 2}});
     params.levels = static_cast<int32_t>(spatial_shapes.size(0));
     check_shape("level_start_index", level_start_index, {{"levels", params.levels}});
-    if (points_per_level.empty()) {
-      check_equal_points(params);
+    if (points_per_level) {
+      check_listed_points(params, *points_per_level);
     } else {
-      check_listed_points(params);
+      check_equal_points(params);
     }
     params.method = nearest ? Method::nearest : Method::bilinear;
 
@@ -253,7 +253,7 @@ struct Inputs {
   }
 
   // Each level has as many points as points_per_level says; dimension 3 runs over all of them.
-  void check_listed_points(Params& params) const {
+  void check_listed_points(Params& params, const std::vector<int64_t>& numbers) const {
     check_shape(
         locations_name(), sampling_locations,
         {{"batch", params.batch}, {"queries"}, {"heads", params.heads}, {"points"}, {"2", 2}});
@@ -268,27 +268,27 @@ struct Inputs {
                  {"heads", params.heads},
                  {"points", params.points}});
 
-    check(points_per_level.size() == static_cast<size_t>(params.levels), "points_per_level has ",
-          points_per_level.size(), " numbers, expected levels=", params.levels);
+    check(numbers.size() == static_cast<size_t>(params.levels), "points_per_level has ",
+          numbers.size(), " numbers, expected levels=", params.levels);
     int64_t total = 0;
     bool equal = true;
     for (int32_t level = 0; level < params.levels; ++level) {
-      check(0 <= points_per_level[level] && points_per_level[level] <= points,
-            "points_per_level has ", points_per_level[level], " for level ", level,
-            ", expected at least 0 and at most ", points, ", the points of ", locations_name());
-      total += points_per_level[level];
-      equal = equal && points_per_level[level] == points_per_level[0];
+      check(0 <= numbers[level] && numbers[level] <= points, "points_per_level has ",
+            numbers[level], " for level ", level, ", expected at least 0 and at most ", points,
+            ", the points of ", locations_name());
+      total += numbers[level];
+      equal = equal && numbers[level] == numbers[0];
     }
     check(total == points, "points_per_level sums to ", total, ", expected ", points,
           ", the points of ", locations_name());
     if (equal) {
-      params.points_per_level = static_cast<int32_t>(points_per_level[0]);
+      params.points_per_level = numbers.empty() ? 0 : static_cast<int32_t>(numbers[0]);
       return;
     }
     check(params.levels <= kMaxUnequalLevels, "points_per_level has different numbers for ",
           params.levels, " levels, expected at most ", kMaxUnequalLevels, " levels");
     for (int32_t level = 0; level < params.levels; ++level) {
-      params.level_points[level] = static_cast<int32_t>(points_per_level[level]);
+      params.level_points[level] = static_cast<int32_t>(numbers[level]);
     }
   }
 
@@ -423,7 +423,7 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output,
 
 Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
                const Tensor& sampling_locations, const Tensor& attention_weights,
-               const std::vector<int64_t>& points_per_level, bool nearest) {
+               const std::optional<std::vector<int64_t>>& points_per_level, bool nearest) {
   Inputs inputs{value,
                 spatial_shapes,
                 level_start_index,
@@ -437,7 +437,7 @@ Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const Tensor& sampling_locations, const Tensor& attention_weights, const Tensor& grad_output,
-    const std::vector<int64_t>& points_per_level, bool nearest) {
+    const std::optional<std::vector<int64_t>>& points_per_level, bool nearest) {
   Inputs inputs{value,
                 spatial_shapes,
                 level_start_index,
@@ -452,7 +452,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
                      const Tensor& level_start_index, const Tensor& reference_points,
                      const Tensor& sampling_offsets, const Tensor& attention_logits,
-                     const std::vector<int64_t>& points_per_level, bool nearest,
+                     const std::optional<std::vector<int64_t>>& points_per_level, bool nearest,
                      double offset_scale) {
   Inputs inputs{value,
                 spatial_shapes,
@@ -469,8 +469,8 @@ Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
-    const Tensor& grad_output, const std::vector<int64_t>& points_per_level, bool nearest,
-    double offset_scale, bool reference_needs_grad) {
+    const Tensor& grad_output, const std::optional<std::vector<int64_t>>& points_per_level,
+    bool nearest, double offset_scale, bool reference_needs_grad) {
   Inputs inputs{value,
                 spatial_shapes,
                 level_start_index,

@@ -250,6 +250,10 @@ def make_fused_inputs(
     )
 
 
+# The public operators, each with what makes its inputs.
+OPERATORS = {"ms_deform_attn": make_inputs, "fused_ms_deform_attn": make_fused_inputs}
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     norm = expected.norm()
     assert norm > 0, "a comparison with zeros says nothing"

@@ -6,25 +6,25 @@
 
 #include "registration.h"
 
-// points_per_level is empty where each level has the same number of points, and the locations and
+// points_per_level is None where each level has the same number of points, and the locations and
 // weights a dimension for the levels.
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "ms_deform_attn_forward(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
-      "Tensor sampling_locations, Tensor attention_weights, int[] points_per_level=[], "
+      "Tensor sampling_locations, Tensor attention_weights, int[]? points_per_level=None, "
       "bool nearest=False) -> Tensor");
   ops.def(
       "ms_deform_attn_backward(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
       "Tensor sampling_locations, Tensor attention_weights, Tensor grad_output, "
-      "int[] points_per_level=[], bool nearest=False) -> (Tensor, Tensor, Tensor)");
+      "int[]? points_per_level=None, bool nearest=False) -> (Tensor, Tensor, Tensor)");
   ops.def(
       "fused_ms_deform_attn_forward(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
       "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
-      "int[] points_per_level, bool nearest, float offset_scale) -> Tensor");
+      "int[]? points_per_level, bool nearest, float offset_scale) -> Tensor");
   ops.def(
       "fused_ms_deform_attn_backward(Tensor value, Tensor spatial_shapes, "
       "Tensor level_start_index, Tensor reference_points, Tensor sampling_offsets, "
-      "Tensor attention_logits, Tensor grad_output, int[] points_per_level, bool nearest, "
+      "Tensor attention_logits, Tensor grad_output, int[]? points_per_level, bool nearest, "
       "float offset_scale, bool reference_needs_grad) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -14,20 +15,21 @@ torch::stable::Tensor forward(const torch::stable::Tensor& value,
                               const torch::stable::Tensor& level_start_index,
                               const torch::stable::Tensor& sampling_locations,
                               const torch::stable::Tensor& attention_weights,
-                              const std::vector<int64_t>& points_per_level, bool nearest);
+                              const std::optional<std::vector<int64_t>>& points_per_level,
+                              bool nearest);
 
 // Returns grad_value, grad_sampling_locations, grad_attention_weights.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> backward(
     const torch::stable::Tensor& value, const torch::stable::Tensor& spatial_shapes,
     const torch::stable::Tensor& level_start_index, const torch::stable::Tensor& sampling_locations,
     const torch::stable::Tensor& attention_weights, const torch::stable::Tensor& grad_output,
-    const std::vector<int64_t>& points_per_level, bool nearest);
+    const std::optional<std::vector<int64_t>>& points_per_level, bool nearest);
 
 torch::stable::Tensor fused_forward(
     const torch::stable::Tensor& value, const torch::stable::Tensor& spatial_shapes,
     const torch::stable::Tensor& level_start_index, const torch::stable::Tensor& reference_points,
     const torch::stable::Tensor& sampling_offsets, const torch::stable::Tensor& attention_logits,
-    const std::vector<int64_t>& points_per_level, bool nearest, double offset_scale);
+    const std::optional<std::vector<int64_t>>& points_per_level, bool nearest, double offset_scale);
 
 // Returns grad_value, grad_reference_points, grad_sampling_offsets, grad_attention_logits. Unless
 // reference_needs_grad, grad_reference_points is empty: (0,).
@@ -39,7 +41,7 @@ fused_backward(const torch::stable::Tensor& value, const torch::stable::Tensor& 
                const torch::stable::Tensor& sampling_offsets,
                const torch::stable::Tensor& attention_logits,
                const torch::stable::Tensor& grad_output,
-               const std::vector<int64_t>& points_per_level, bool nearest, double offset_scale,
-               bool reference_needs_grad);
+               const std::optional<std::vector<int64_t>>& points_per_level, bool nearest,
+               double offset_scale, bool reference_needs_grad);
 
 }  // namespace ms_deform_attn

@@ -59,7 +59,7 @@ def ms_deform_attn(
         level_start_index,
         sampling_locations,
         attention_weights,
-        points_per_level or [],
+        points_per_level,
         _is_nearest(method),
     )
 
@@ -112,7 +112,7 @@ def fused_ms_deform_attn(
         reference_points,
         sampling_offsets,
         attention_logits,
-        points_per_level or [],
+        points_per_level,
         _is_nearest(method),
         offset_scale,
     )

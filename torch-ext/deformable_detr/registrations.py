@@ -15,7 +15,7 @@ def _forward_fake(
     level_start_index,
     sampling_locations,
     attention_weights,
-    points_per_level=(),
+    points_per_level=None,
     nearest=False,
 ):
     batch, _, heads, channels = value.shape
@@ -30,7 +30,7 @@ def _backward_fake(
     sampling_locations,
     attention_weights,
     grad_output,
-    points_per_level=(),
+    points_per_level=None,
     nearest=False,
 ):
     return tuple(
@@ -131,7 +131,7 @@ def _differentiate_twice(function, tensors, needs_grad, grads_of_grads):
 
 def _options(points_per_level, nearest):
     return {
-        "points_per_level": list(points_per_level) or None,
+        "points_per_level": points_per_level and list(points_per_level),
         "method": "nearest" if nearest else "bilinear",
     }
 
