@@ -1,6 +1,6 @@
 """Multi-scale deformable attention: the sampling operator of Deformable DETR and its heirs."""
 
-from . import layers, reference
+from . import integrations, layers, reference
 from .functional import (
     fused_ms_deform_attn,
     ms_deform_attn,
@@ -10,6 +10,7 @@ from .functional import (
 
 __all__ = [
     "fused_ms_deform_attn",
+    "integrations",
     "layers",
     "ms_deform_attn",
     "ms_deform_attn_backward",
