@@ -145,24 +145,6 @@ def test_one_input_at_a_time_may_require_grad(kernel, device, index):
             assert tensor.grad is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_repeats_bit_for_bit_with_any_number_of_threads(kernel, dtype):
-    case = Case("threads", ((12, 17), (6, 9)), queries=90, heads=3, channels=32)
-    inputs = make_inputs(case, dtype)
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 3, 1):
-            torch.set_num_threads(number)
-            output = kernel.ms_deform_attn(*inputs.args)
-            grads = kernel.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)
-            results.append([output, *grads])
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
-
-
 def test_gpu_equals_cpu(kernel):
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
