@@ -296,8 +296,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& value, const Tensor& s
   params.grad_output = aligned_grad_output.data_ptr();
 
   const bool half = params.value_dtype == DType::f16 || params.value_dtype == DType::bf16;
-  Tensor grad_value = torch::stable::new_zeros(inputs.value, inputs.value.sizes(),
-                                               half ? ScalarType::Float : value.scalar_type());
+  // The CPU's backend writes all of grad_value; on a GPU it adds to zeros, of float.
+  const bool written = value.is_cpu();
+  Tensor grad_value =
+      written ? torch::stable::empty_like(inputs.value)
+              : torch::stable::new_zeros(inputs.value, inputs.value.sizes(),
+                                         half ? ScalarType::Float : value.scalar_type());
   Tensor grad_sampling_locations = torch::stable::empty_like(inputs.sampling_locations);
   Tensor grad_attention_weights = torch::stable::empty_like(inputs.attention_weights);
   params.grad_value = grad_value.data_ptr();
@@ -310,8 +314,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& value, const Tensor& s
     torch::stable::zero_(grad_attention_weights);
   } else if (grad_attention_weights.numel() > 0) {
     run_backward(inputs.value, params);
+  } else if (written) {
+    torch::stable::zero_(grad_value);
   }
-  if (half) grad_value = torch::stable::to(grad_value, value.scalar_type());
+  if (half && !written) grad_value = torch::stable::to(grad_value, value.scalar_type());
   return {grad_value, grad_sampling_locations, grad_attention_weights};
 }
 
