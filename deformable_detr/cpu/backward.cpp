@@ -33,6 +33,8 @@ struct Tile {
 
 struct Tiles {
   int32_t padded_channels;
+  int32_t queries_of_block;
+  int64_t blocks;   // of a batch
   int64_t largest;  // pixels in one, with its halo and the one that stands for all outside
   std::vector<Tile> tiles;
 };
@@ -41,9 +43,10 @@ struct Tiles {
 template <typename acc>
 Tiles cut_tiles(const Params& p) {
   constexpr int32_t lanes = kRegisterBytes / sizeof(acc);
-  Tiles result{(p.channels + lanes - 1) / lanes * lanes, 1, {}};
+  Tiles result{};
+  result.padded_channels = (p.channels + lanes - 1) / lanes * lanes;
   const int64_t pixels = kTileBytes / (2 * sizeof(acc) * result.padded_channels);
-  int32_t first_point = 0;
+  int32_t first_point = 0, most_points = 1;
   for (int32_t i = 0; i < p.levels; ++i) {
     const Level level = read_level(p, i);
     const int32_t points = points_of_level(p, i);
@@ -55,7 +58,10 @@ Tiles cut_tiles(const Params& p) {
       result.tiles.push_back(tile);
     }
     first_point += points;
+    most_points = std::max(most_points, points);
   }
+  result.queries_of_block = std::max(1, kBlockPoints / most_points);
+  result.blocks = (p.queries + result.queries_of_block - 1) / result.queries_of_block;
   return result;
 }
 
@@ -71,10 +77,18 @@ void backward(const BackwardParams& params) {
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     const Tiles tiles = cut_tiles<acc_t<scalar_t>>(params);
+    const int64_t points = params.batch * params.queries * params.heads * params.points;
     prefer_huge_pages(params.grad_value, params.batch * params.spatial_size * params.heads *
                                              params.channels * sizeof(scalar_t));
-    Work(params.batch * params.heads * tiles.tiles.size()).share([&](Work& work) {
-      MSDA_FOR_CAPABILITY(backward<scalar_t>(params, tiles, work));
+    prefer_huge_pages(params.grad_sampling_locations, points * 2 * sizeof(scalar_t));
+    prefer_huge_pages(params.grad_attention_weights, points * sizeof(scalar_t));
+    const int64_t slices = params.batch * params.heads;
+    const Array<uint64_t> tiles_of_block(slices * tiles.blocks);
+    Work(slices * tiles.blocks).share([&](Work& work) {
+      MSDA_FOR_CAPABILITY(find_tiles<scalar_t>(params, tiles, tiles_of_block.data(), work));
+    });
+    Work(slices * tiles.tiles.size()).share([&](Work& work) {
+      MSDA_FOR_CAPABILITY(backward<scalar_t>(params, tiles, tiles_of_block.data(), work));
     });
   });
 }

@@ -71,7 +71,7 @@ void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
     for (int64_t row = piece * kRowsOfPiece; row < end; row += rows_of_block) {
       const int32_t rows = std::min<int64_t>(rows_of_block, end - row);
       const int32_t count = rows * p.points;
-      read_points<scalar_t>(p, Selection{row * p.points, 0, 1, count}, points);
+      read_points<scalar_t>(p, Selection{row * p.points, 0, 1}, count, points);
       place_points(p.method, points, count);
       for (int32_t r = 0; r < rows; ++r) {
         const int64_t batch = (row + r) / (p.queries * p.heads), head = (row + r) % p.heads;

@@ -4,10 +4,11 @@
 // No include guard: included once per instruction set. The arrays lie side by side, so that the
 // compiler vectorises the loops over points.
 
-// Which points: [first, first + size) of each of `rows` rows, whose points are `stride` apart.
+// Which points: some of each of `rows` rows. The first row's begin with point `first` of the tensor,
+// the next row's `stride` later.
 struct Selection {
   int64_t first, stride;
-  int32_t rows, size;
+  int32_t rows;
 };
 
 template <typename acc>
@@ -19,7 +20,7 @@ struct Points {
         x(capacity),
         y(capacity),
         weight(capacity),
-        stored(capacity),
+        stored{capacity, capacity},
         pixel{capacity, capacity, capacity, capacity},
         share{capacity, capacity, capacity, capacity},
         right(capacity),
@@ -28,7 +29,7 @@ struct Points {
   Array<int32_t> height, width, start;  // of each point's level
 
   Array<acc> x, y, weight;  // as given
-  Array<acc> stored;        // one of them as it is stored
+  Array<acc> stored[2];     // the same in half precision, as stored
 
   // As Corners has them, but a share is times the weight, and zero for a corner outside.
   Array<int32_t> pixel[4];
@@ -36,42 +37,66 @@ struct Points {
   Array<acc> right, down;
 };
 
-// Reads every step-th element of a tensor, from the `offset`-th on.
-template <typename scalar_t, typename acc>
-MSDA_INLINE void read_elements(const void* tensor, int32_t step, int32_t offset,
-                               const Selection& selection, acc* stored, acc* to) {
-  constexpr bool convert = !std::is_same_v<scalar_t, acc>;
-  scalar_t* packed = reinterpret_cast<scalar_t*>(convert ? stored : to);
+// Reads `size` points of each row: their two coordinates or their weight.
+template <int32_t parts, typename stored_t, typename acc>
+MSDA_INLINE void read_operand(const void* tensor, const Selection& selection, int32_t size,
+                              acc* const (&stored)[2], acc* const (&to)[parts]) {
+  constexpr bool convert = !std::is_same_v<stored_t, acc>;
   for (int32_t row = 0; row < selection.rows; ++row) {
-    const scalar_t* from = static_cast<const scalar_t*>(tensor) + offset +
-                           (selection.first + row * selection.stride) * step;
-    scalar_t* row_packed = packed + row * selection.size;
+    const int64_t stride = selection.stride * parts;
+    const stored_t* from =
+        static_cast<const stored_t*>(tensor) + selection.first * parts + row * stride;
+    prefetch<false>(from, stride, size * parts);
 #pragma GCC ivdep
-    for (int32_t i = 0; i < selection.size; ++i) row_packed[i] = from[i * step];
+    for (int32_t i = 0; i < size; ++i) {
+#pragma GCC unroll 2
+      for (int32_t part = 0; part < parts; ++part) {
+        stored_t* packed = reinterpret_cast<stored_t*>(convert ? stored[part] : to[part]);
+        packed[row * size + i] = from[i * parts + part];
+      }
+    }
   }
   if constexpr (convert) {
-    const int32_t count = selection.rows * selection.size;
-    for (int32_t i = 0; i < count; i += kLanes<acc>) store(to + i, load(packed + i));
+    for (int32_t part = 0; part < parts; ++part) {
+      const stored_t* packed = reinterpret_cast<const stored_t*>(stored[part]);
+      for (int32_t i = 0; i < selection.rows * size; i += kLanes<acc>) {
+        store(to[part] + i, load(packed + i));
+      }
+    }
   }
 }
 
 template <typename scalar_t>
-MSDA_INLINE void read_points(const Params& p, const Selection& selection,
-                             const Points<acc_t<scalar_t>>& points) {
+MSDA_INLINE void read_locations(const Params& p, const Selection& selection, int32_t size,
+                                const Points<acc_t<scalar_t>>& points) {
   using acc = acc_t<scalar_t>;
-  acc* stored = points.stored.data();
+  acc* const stored[2] = {points.stored[0].data(), points.stored[1].data()};
+  acc* const xy[2] = {points.x.data(), points.y.data()};
   if (p.locations_dtype == p.value_dtype) {
-    read_elements<scalar_t>(p.sampling_locations, 2, 0, selection, stored, points.x.data());
-    read_elements<scalar_t>(p.sampling_locations, 2, 1, selection, stored, points.y.data());
+    read_operand<2, scalar_t>(p.sampling_locations, selection, size, stored, xy);
   } else {
-    read_elements<acc>(p.sampling_locations, 2, 0, selection, stored, points.x.data());
-    read_elements<acc>(p.sampling_locations, 2, 1, selection, stored, points.y.data());
+    read_operand<2, acc>(p.sampling_locations, selection, size, stored, xy);
   }
+}
+
+template <typename scalar_t>
+MSDA_INLINE void read_weights(const Params& p, const Selection& selection, int32_t size,
+                              const Points<acc_t<scalar_t>>& points) {
+  using acc = acc_t<scalar_t>;
+  acc* const stored[2] = {points.stored[0].data(), points.stored[1].data()};
+  acc* const weight[1] = {points.weight.data()};
   if (p.weights_dtype == p.value_dtype) {
-    read_elements<scalar_t>(p.attention_weights, 1, 0, selection, stored, points.weight.data());
+    read_operand<1, scalar_t>(p.attention_weights, selection, size, stored, weight);
   } else {
-    read_elements<acc>(p.attention_weights, 1, 0, selection, stored, points.weight.data());
+    read_operand<1, acc>(p.attention_weights, selection, size, stored, weight);
   }
+}
+
+template <typename scalar_t>
+MSDA_INLINE void read_points(const Params& p, const Selection& selection, int32_t size,
+                             const Points<acc_t<scalar_t>>& points) {
+  read_locations<scalar_t>(p, selection, size, points);
+  read_weights<scalar_t>(p, selection, size, points);
 }
 
 template <Method method, typename acc>

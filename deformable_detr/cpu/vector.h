@@ -25,6 +25,15 @@ MSDA_INLINE To bit_cast(const From& from) {
   return to;
 }
 
+// The first bytes of `from`.
+template <typename To, typename From>
+MSDA_INLINE To bit_cast_front(const From& from) {
+  static_assert(sizeof(To) <= sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 // ------------------------------------------------------------------------------------- half types
 
 MSDA_INLINE Vector<float> to_float(Bits16 bits, bfloat16_t) {
@@ -109,15 +118,45 @@ MSDA_INLINE void store(scalar_t* to, Vector<acc_t<scalar_t>> x, int32_t count) {
   for (int32_t i = 0; i < count; ++i) to[i] = part[i];
 }
 
+// A head's rows lie a kilobyte or more apart, which the processor's own prefetching does not
+// foresee. So the row that comes kRowsAhead later is asked for, whether there is one or not.
+constexpr int32_t kRowsAhead = 32;
+
+template <bool write, typename T>
+MSDA_INLINE void prefetch(const T* row, int64_t stride, int32_t size) {
+  const char* from = reinterpret_cast<const char*>(row + kRowsAhead * stride);
+  for (int32_t i = 0; i < size * int32_t(sizeof(T)); i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 // ----------------------------------------------------------------------------------------- sums
 
-template <typename T, int32_t lanes>
-MSDA_INLINE T sum(Vector<T, lanes> x) {
+// a and b, one after the other, are groups of `group` lanes. Adds the halves of each group up.
+template <int32_t group, typename V, size_t... i>
+MSDA_INLINE V add_halves(V a, V b, std::index_sequence<i...>) {
+  constexpr size_t half = group / 2;
+  return __builtin_shufflevector(a, b, (i / half * group + i % half)...) +
+         __builtin_shufflevector(a, b, (i / half * group + i % half + half)...);
+}
+template <int32_t group, typename V>
+MSDA_INLINE V add_halves(V a, V b) {
+  return add_halves<group>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>{});
+}
+
+// sum[i] += the sum of x[i]'s lanes.
+template <typename acc>
+MSDA_INLINE void add_sums(const Vector<acc> (&x)[4], acc* sum) {
+  constexpr int32_t lanes = kLanes<acc>;
+  const Vector<acc> pairs[2] = {add_halves<lanes>(x[0], x[1]), add_halves<lanes>(x[2], x[3])};
   if constexpr (lanes == 2) {
-    return x[0] + x[1];
+    store(sum, load(sum) + pairs[0]);
+    store(sum + 2, load(sum + 2) + pairs[1]);
   } else {
-    Vector<T, lanes / 2> half[2];
-    std::memcpy(half, &x, sizeof(x));
-    return sum<T, lanes / 2>(half[0] + half[1]);
+    Vector<acc> all = add_halves<lanes / 2>(pairs[0], pairs[1]);
+    if constexpr (lanes >= 16) all = add_halves<4>(all, all);
+    if constexpr (lanes >= 8) all = add_halves<2>(all, all);
+    Vector<acc, 4> result;
+    std::memcpy(&result, sum, sizeof(result));
+    result += bit_cast_front<Vector<acc, 4>>(all);
+    std::memcpy(sum, &result, sizeof(result));
   }
 }
