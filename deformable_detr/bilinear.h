@@ -131,11 +131,14 @@ struct Corners {
     const bool touches = x.touches(level.width) & y.touches(level.height);
     right = touches ? x.fraction : acc_t(0);
     down = touches ? y.fraction : acc_t(0);
-    const int32_t column = static_cast<int32_t>(touches ? x.floor : acc_t(0));
-    const int32_t row = static_cast<int32_t>(touches ? y.floor : acc_t(0));
-    const bool west = touches & (column >= 0) & (column < level.width);
-    const bool east = touches & (column < level.width - 1);
-    const bool north = row >= 0, south = row < level.height - 1;
+    // A point that touches nothing is put where neither its pixels nor the next are inside. (A
+    // constant there would be propagated into branches, which keep the loop from being vectorised.)
+    const int32_t column = touches ? static_cast<int32_t>(x.floor) : -1 - level.width;
+    const int32_t row = touches ? static_cast<int32_t>(y.floor) : -1 - level.height;
+    const bool west = (column >= 0) & (column < level.width);
+    const bool east = (column >= -1) & (column < level.width - 1);
+    const bool north = (row >= 0) & (row < level.height);
+    const bool south = (row >= -1) & (row < level.height - 1);
     const int32_t nw = level.start + row * level.width + column;
     pixel[0] = north & west ? nw : kOutside;
     pixel[1] = north & east ? nw + 1 : kOutside;

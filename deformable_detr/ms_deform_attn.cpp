@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -142,6 +143,18 @@ void check_levels(const Params& params) {
   }
   check(total == params.spatial_size, "spatial_shapes sums to ", total,
         " pixels over its levels, expected value.size(1)=", params.spatial_size);
+
+  // In the order they start, one begins where the one before ends.
+  std::vector<Level> levels(params.levels);
+  for (int32_t level = 0; level < params.levels; ++level) levels[level] = read_level(params, level);
+  std::sort(levels.begin(), levels.end(),
+            [](const Level& a, const Level& b) { return a.start < b.start; });
+  int32_t end = 0;
+  for (const Level& level : levels) {
+    check(level.start == end, "level_start_index has ", level.start, ", expected ", end,
+          ": levels cover value without overlapping");
+    end += level.height * level.width;
+  }
 }
 
 // ------------------------------------------------------------------------------------------ inputs
@@ -384,7 +397,10 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output,
 
   const bool half = params.value_dtype == DType::f16 || params.value_dtype == DType::bf16;
   const ScalarType acc_dtype = half ? ScalarType::Float : dtype;
-  Gradients grads{torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype),
+  // The CPU's backend writes all of grad_value; on a GPU it adds to zeros, of float.
+  const bool written = inputs.value.is_cpu();
+  Gradients grads{written ? torch::stable::empty_like(inputs.value)
+                          : torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype),
                   torch::stable::empty_like(inputs.sampling_locations),
                   torch::stable::empty_like(inputs.attention_weights), std::nullopt};
   params.grad_value = grads.value.data_ptr();
@@ -401,13 +417,14 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output,
 
   const bool no_channels = int64_t(params.heads) * params.channels == 0;
   if (no_channels || grads.attention_weights.numel() == 0) {
+    torch::stable::zero_(grads.value);
     torch::stable::zero_(grads.sampling_locations);
     torch::stable::zero_(grads.attention_weights);
     if (reference_needs_grad) torch::stable::zero_(*grads.reference_points);
   } else {
     run_backward(inputs.value, params);
   }
-  if (half) grads.value = torch::stable::to(grads.value, dtype);
+  if (half && !written) grads.value = torch::stable::to(grads.value, dtype);
   if (reference_needs_grad) {
     // Over the heads.
     grads.reference_points = torch::stable::to(
