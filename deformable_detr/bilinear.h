@@ -62,6 +62,21 @@ MSDA_HOST_DEVICE Exact<acc_t> multiply(acc_t a, const Exact<acc_t>& b) {
   return {product, std::fma(a, b.rounded, -product) + a * b.rest};
 }
 
+// One axis of a reference point and a sampling offset of `extent` pixels per unit: reference * size
+// + offset * extent - 0.5. The products may cancel, so that their errors exceed the sum's rounding.
+template <typename acc_t>
+MSDA_HOST_DEVICE Exact<acc_t> offset_pixel(acc_t reference, int32_t size, acc_t offset,
+                                           const Exact<acc_t>& extent) {
+  const Exact<acc_t> from = multiply(reference, Exact<acc_t>{static_cast<acc_t>(size), 0});
+  const Exact<acc_t> move = multiply(offset, extent);
+  const acc_t sum = from.rounded + move.rounded, part = sum - from.rounded;
+  const acc_t sum_error = (from.rounded - (sum - part)) + (move.rounded - part);
+  const acc_t shifted = sum - acc_t(0.5);
+  const acc_t error = (((sum - shifted) - acc_t(0.5)) + sum_error) + (from.rest + move.rest);
+  const acc_t pixel = shifted + error;
+  return {pixel, (shifted - pixel) + error};
+}
+
 // One axis of a location: pixel = location * size - 0.5, split into its floor and the rest.
 //
 // Rounding the product alone would misplace a point on a map 300 pixels wide by 1e-5 pixels, and
@@ -80,19 +95,7 @@ struct Coordinate {
     split({pixel, error});
   }
 
-  // A reference point and a sampling offset of `extent` pixels per unit: pixel = reference * size +
-  // offset * extent - 0.5. The two products may cancel, and leave errors above the sum's rounding.
-  MSDA_HOST_DEVICE Coordinate(acc_t reference, int32_t size, acc_t offset,
-                              const Exact<acc_t>& extent) {
-    const Exact<acc_t> from = multiply(reference, Exact<acc_t>{static_cast<acc_t>(size), 0});
-    const Exact<acc_t> move = multiply(offset, extent);
-    const acc_t sum = from.rounded + move.rounded, part = sum - from.rounded;
-    const acc_t sum_error = (from.rounded - (sum - part)) + (move.rounded - part);
-    const acc_t shifted = sum - acc_t(0.5);
-    const acc_t error = (((sum - shifted) - acc_t(0.5)) + sum_error) + (from.rest + move.rest);
-    const acc_t pixel = shifted + error;
-    split({pixel, (shifted - pixel) + error});
-  }
+  MSDA_HOST_DEVICE explicit Coordinate(const Exact<acc_t>& pixel) { split(pixel); }
 
   MSDA_HOST_DEVICE void split(const Exact<acc_t>& pixel) {
     floor = std::floor(pixel.rounded);

@@ -50,8 +50,7 @@ Tiles cut_tiles(const Params& p) {
   for (int32_t i = 0; i < p.levels; ++i) {
     const Level level = read_level(p, i);
     const int32_t points = points_of_level(p, i);
-    const int32_t rows =
-        level.height ? std::max<int64_t>(1, (pixels - 1) / level.width - 1) : 1;
+    const int32_t rows = level.height ? std::max<int64_t>(1, (pixels - 1) / level.width - 1) : 1;
     for (int32_t row = 0; row < level.height; row += rows) {
       const Tile tile{level, row, std::min(row + rows, level.height), first_point, points};
       result.largest = std::max<int64_t>(result.largest, tile.pixels_with_halo() + 1);
@@ -65,6 +64,27 @@ Tiles cut_tiles(const Params& p) {
   return result;
 }
 
+// What the tiles are computed from. Of the fused operator's points they take the pixels and weights
+// (see fuse_points) for locations and weights, and give the gradients of locations and weights.
+struct TileParams : BackwardParams {
+  const void* pixel_rests = nullptr;  // [batch, queries, heads, points, 2], if fused
+};
+
+// Of one batch: what the tiles take and give. In acc_t, whatever the operands' dtypes.
+template <typename acc>
+struct FusedPoints {
+  explicit FusedPoints(int64_t points)
+      : pixels(new acc[2 * points]),
+        pixel_rests(new acc[2 * points]),
+        weights(new acc[points]),
+        grad_locations(new acc[2 * points]),
+        grad_weights(new acc[points]) {}
+
+  std::unique_ptr<acc[]> pixels, pixel_rests, weights, grad_locations, grad_weights;
+};
+
+constexpr int64_t kFusedRows = 256;
+
 }  // namespace
 }  // namespace ms_deform_attn::cpu
 
@@ -72,24 +92,126 @@ Tiles cut_tiles(const Params& p) {
 #include "deformable_detr/cpu/each_capability.h"
 
 namespace ms_deform_attn::cpu {
+namespace {
+
+template <typename scalar_t>
+void compute_tiles(const TileParams& params) {
+  const Tiles tiles = cut_tiles<acc_t<scalar_t>>(params);
+  const int64_t points = params.batch * params.queries * params.heads * params.points;
+  prefer_huge_pages(params.grad_value, params.batch * params.spatial_size * params.heads *
+                                           params.channels * sizeof(scalar_t));
+  prefer_huge_pages(params.grad_sampling_locations, points * 2 * sizeof(scalar_t));
+  prefer_huge_pages(params.grad_attention_weights, points * sizeof(scalar_t));
+  const int64_t slices = params.batch * params.heads;
+  const Array<uint64_t> tiles_of_block(slices * tiles.blocks);
+  Work(slices * tiles.blocks).share([&](Work& work) {
+    MSDA_FOR_CAPABILITY(find_tiles<scalar_t>(params, tiles, tiles_of_block.data(), work));
+  });
+  Work(slices * tiles.tiles.size()).share([&](Work& work) {
+    MSDA_FOR_CAPABILITY(backward<scalar_t>(params, tiles, tiles_of_block.data(), work));
+  });
+}
+
+// ------------------------------------------------------------------------------------------ fused
+
+template <typename scalar_t>
+void write_element(void* data, DType dtype, int64_t index, acc_t<scalar_t> x) {
+  if (dtype == DType::f32) {
+    static_cast<float*>(data)[index] = static_cast<float>(x);
+  } else {
+    static_cast<scalar_t*>(data)[index] = static_cast<scalar_t>(x);
+  }
+}
+
+// From the gradients of a row's locations and weights to those of its offsets, logits and
+// reference points. A gradient of zero stays zero, also where an operand is not finite.
+template <typename scalar_t>
+void differentiate_row(const BackwardParams& p, int64_t row,
+                       const FusedPoints<acc_t<scalar_t>>& points, int64_t first) {
+  using acc = acc_t<scalar_t>;
+  const acc* weight = points.weights.get() + first;
+  const acc* grad_weight = points.grad_weights.get() + first;
+  const acc* grad_location = points.grad_locations.get() + 2 * first;
+  acc* grad_reference = nullptr;
+  if (p.grad_reference_points) {
+    const int64_t size = int64_t(p.reference_levels) * p.reference_coordinates;
+    grad_reference = static_cast<acc*>(p.grad_reference_points) + row * size;
+    std::fill_n(grad_reference, size, acc(0));
+  }
+  acc mean = 0;
+  for (int32_t i = 0; i < p.points; ++i) mean += weight[i] * grad_weight[i];
+
+  int32_t i = 0;
+  for (int32_t level = 0; level < p.levels; ++level) {
+    const Reference<acc> reference = read_reference<scalar_t>(p, row / p.heads, level);
+    const Level map = read_level(p, level);
+    const bool box = p.reference_coordinates == 4;
+    const acc scale = box ? acc(p.offset_scale / points_of_level(p, level)) : acc(0);
+    const acc extent[2] = {box ? scale * reference.width : acc(1) / map.width,
+                           box ? scale * reference.height : acc(1) / map.height};
+    for (const int32_t end = i + points_of_level(p, level); i < end; ++i) {
+      const int64_t point = row * p.points + i;
+      write_element<scalar_t>(p.grad_attention_weights, p.weights_dtype, point,
+                              weight[i] * (grad_weight[i] - mean));
+      for (int32_t axis = 0; axis < 2; ++axis) {
+        const acc grad = grad_location[2 * i + axis];
+        write_element<scalar_t>(p.grad_sampling_locations, p.locations_dtype, 2 * point + axis,
+                                grad == 0 ? acc(0) : grad * extent[axis]);
+        if (!grad_reference || grad == 0) continue;
+        grad_reference[axis] += grad;
+        if (!box) continue;
+        grad_reference[2 + axis] +=
+            grad * scale *
+            read_element<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point + axis);
+      }
+    }
+    if (grad_reference && p.reference_levels > 1) grad_reference += p.reference_coordinates;
+  }
+}
+
+// Batch by batch: the points' pixels and weights, then the tiles, then the points' gradients.
+template <typename scalar_t>
+void fused_backward(const BackwardParams& params) {
+  using acc = acc_t<scalar_t>;
+  constexpr DType acc_dtype = std::is_same_v<acc, double> ? DType::f64 : DType::f32;
+  const int64_t rows = params.queries * params.heads;
+  const int64_t values = params.spatial_size * params.heads * params.channels;
+  const FusedPoints<acc> points(rows * params.points);
+  const std::vector<Level> levels = read_levels(params);
+
+  TileParams tile{params};
+  tile.batch = 1;
+  tile.locations_dtype = tile.weights_dtype = acc_dtype;
+  tile.sampling_locations = points.pixels.get();
+  tile.pixel_rests = points.pixel_rests.get();
+  tile.attention_weights = points.weights.get();
+  tile.grad_sampling_locations = points.grad_locations.get();
+  tile.grad_attention_weights = points.grad_weights.get();
+
+  for (int64_t batch = 0; batch < params.batch; ++batch) {
+    Work((rows + kFusedRows - 1) / kFusedRows).share([&](Work& work) {
+      MSDA_FOR_CAPABILITY(fuse_rows<scalar_t>(params, levels, batch * rows, rows, points, work));
+    });
+    tile.value = static_cast<const scalar_t*>(params.value) + batch * values;
+    tile.grad_value = static_cast<scalar_t*>(params.grad_value) + batch * values;
+    tile.grad_output =
+        static_cast<const scalar_t*>(params.grad_output) + batch * rows * params.channels;
+    compute_tiles<scalar_t>(tile);
+    torch::stable::parallel_for(0, rows, kFusedRows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        differentiate_row<scalar_t>(params, batch * rows + row, points, row * params.points);
+      }
+    });
+  }
+}
+
+}  // namespace
 
 void backward(const BackwardParams& params) {
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    const Tiles tiles = cut_tiles<acc_t<scalar_t>>(params);
-    const int64_t points = params.batch * params.queries * params.heads * params.points;
-    prefer_huge_pages(params.grad_value, params.batch * params.spatial_size * params.heads *
-                                             params.channels * sizeof(scalar_t));
-    prefer_huge_pages(params.grad_sampling_locations, points * 2 * sizeof(scalar_t));
-    prefer_huge_pages(params.grad_attention_weights, points * sizeof(scalar_t));
-    const int64_t slices = params.batch * params.heads;
-    const Array<uint64_t> tiles_of_block(slices * tiles.blocks);
-    Work(slices * tiles.blocks).share([&](Work& work) {
-      MSDA_FOR_CAPABILITY(find_tiles<scalar_t>(params, tiles, tiles_of_block.data(), work));
-    });
-    Work(slices * tiles.tiles.size()).share([&](Work& work) {
-      MSDA_FOR_CAPABILITY(backward<scalar_t>(params, tiles, tiles_of_block.data(), work));
-    });
+    if (params.reference_points) return fused_backward<scalar_t>(params);
+    compute_tiles<scalar_t>(TileParams{params});
   });
 }
 

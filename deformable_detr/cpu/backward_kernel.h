@@ -2,12 +2,13 @@
 // backward.cpp.
 #include "deformable_detr/cpu/vector.h"
 #include "deformable_detr/cpu/points.h"
+#include "deformable_detr/cpu/fused.h"
 
 // What a thread works with; a tile's pixels are in `pixels`, see backward.cpp.
 template <typename acc>
 struct Workspace {
-  Workspace(int64_t points_of_block, int64_t padded, int64_t pixels_of_tile)
-      : points(points_of_block),
+  Workspace(int64_t points_of_block, bool fused, int64_t padded, int64_t pixels_of_tile)
+      : points(points_of_block, fused),
         offset{points_of_block, points_of_block, points_of_block, points_of_block},
         row(points_of_block),
         touched(points_of_block),
@@ -59,17 +60,24 @@ MSDA_INLINE void store_tile(const acc_t<scalar_t>* pixels, int32_t padded, int32
 
 // The row of the map that a point belongs to: that of its north corners, moved into the map. So the
 // point's corners inside the map, and its nearest pixel, are in this row and the next.
-template <typename acc>
+template <bool fused, typename acc>
 MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count,
                            int32_t* row) {
-  const acc* y = points.y.data();
+  const acc *y = points.y.data(), *y_rest = points.y_rest.data();
   const acc last = static_cast<acc>(height - 1);
 #pragma GCC ivdep
   for (int32_t i = 0; i < count; ++i) {
-    const acc north = Coordinate<acc>(y[i], height).floor;
+    const acc north = coordinate<fused>(y, y_rest, i, height).floor;
     const acc not_below = north < last ? north : last;
     row[i] = static_cast<int32_t>(not_below > 0 ? not_below : acc(0));
   }
+}
+
+template <typename acc>
+MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count,
+                           int32_t* row) {
+  if (points.fused) return find_rows<true>(points, height, count, row);
+  return find_rows<false>(points, height, count, row);
 }
 
 // Where the points' corners are in the tile.
@@ -207,10 +215,49 @@ MSDA_INLINE void set_level(const Level& level, const Points<acc>& points, int32_
   std::fill_n(points.start.data(), count, level.start);
 }
 
+template <typename acc>
+MSDA_INLINE void read_rests(const TileParams& p, const Selection& selection, int32_t size,
+                            const Points<acc>& points) {
+  acc* const stored[2] = {points.stored[0].data(), points.stored[1].data()};
+  acc* const rests[2] = {points.x_rest.data(), points.y_rest.data()};
+  read_operand<2, acc>(p.pixel_rests, selection, size, stored, rests);
+}
+
+// The fused operator's pixels and weights. Takes pieces of work: kFusedRows rows of the `rows` from
+// row `first` on.
+template <typename scalar_t>
+void fuse_rows(const Params& p, const std::vector<Level>& levels, int64_t first, int64_t rows,
+               const FusedPoints<acc_t<scalar_t>>& to, Work& work) {
+  using acc = acc_t<scalar_t>;
+  const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
+  const Points<acc> points(rows_of_block * p.points, true);
+  const Fusion<acc> fusion(p, levels, rows_of_block * p.points);
+  set_levels(p, levels, rows_of_block, points);
+
+  int64_t piece;
+  while (work.take(&piece)) {
+    const int64_t end = std::min(rows, (piece + 1) * kFusedRows);
+    for (int64_t row = piece * kFusedRows; row < end; row += rows_of_block) {
+      const int32_t count = std::min<int64_t>(rows_of_block, end - row) * p.points;
+      read_points<scalar_t>(p, Selection{(first + row) * p.points, 0, 1}, count, points);
+      fuse_points<scalar_t>(p, first + row, count / p.points, fusion, points);
+      std::copy_n(points.weight.data(), count, to.weights.get() + row * p.points);
+      acc* pixels = to.pixels.get() + 2 * row * p.points;
+      acc* rests = to.pixel_rests.get() + 2 * row * p.points;
+      for (int32_t i = 0; i < count; ++i) {
+        pixels[2 * i] = points.x[i];
+        pixels[2 * i + 1] = points.y[i];
+        rests[2 * i] = points.x_rest[i];
+        rests[2 * i + 1] = points.y_rest[i];
+      }
+    }
+  }
+}
+
 // Which tiles a block of queries needs. Takes pieces of work: a block of a (batch, head) each.
 template <typename scalar_t>
-void find_tiles(const BackwardParams& p, const Tiles& tiles, uint64_t* tiles_of_block, Work& work) {
-  const Points<acc_t<scalar_t>> points(tiles.queries_of_block * p.points);
+void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_block, Work& work) {
+  const Points<acc_t<scalar_t>> points(tiles.queries_of_block * p.points, p.reference_points);
   const Array<int32_t> rows_of_points(tiles.queries_of_block * p.points);
   int64_t piece;
   while (work.take(&piece)) {
@@ -229,6 +276,7 @@ void find_tiles(const BackwardParams& p, const Tiles& tiles, uint64_t* tiles_of_
         const int32_t count = rows * tile.points;
         const Selection selection{row * p.points + seen, int64_t(p.heads) * p.points, rows};
         read_locations<scalar_t>(p, selection, tile.points, points);
+        if (points.fused) read_rests(p, selection, tile.points, points);
         int32_t* row_of_point = rows_of_points.data();
         find_rows(points, tile.level.height, count, row_of_point);
         lowest = tile.level.height, highest = 0;
@@ -246,13 +294,14 @@ void find_tiles(const BackwardParams& p, const Tiles& tiles, uint64_t* tiles_of_
 
 // Takes pieces of work: a tile of a (batch, head) each.
 template <typename scalar_t>
-void backward(const BackwardParams& p, const Tiles& tiles, const uint64_t* tiles_of_block,
+void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_block,
               Work& work) {
   using acc = acc_t<scalar_t>;
   constexpr int32_t lanes = kLanes<acc>;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t padded = tiles.padded_channels;
-  const Workspace<acc> space(tiles.queries_of_block * p.points, padded, tiles.largest);
+  const Workspace<acc> space(tiles.queries_of_block * p.points, p.reference_points, padded,
+                             tiles.largest);
 
   int64_t piece;
   while (work.take(&piece)) {
@@ -283,6 +332,7 @@ void backward(const BackwardParams& p, const Tiles& tiles, const uint64_t* tiles
       } else {
         read_points<scalar_t>(p, selection, tile.points, space.points);
       }
+      if (space.points.fused) read_rests(p, selection, tile.points, space.points);
       place_points(p.method, space.points, count);
       find_in_tile(tile, padded, count, space);
       std::fill_n(space.dot.data(), 4 * count, acc(0));

@@ -2,6 +2,7 @@
 // forward.cpp.
 #include "deformable_detr/cpu/vector.h"
 #include "deformable_detr/cpu/points.h"
+#include "deformable_detr/cpu/fused.h"
 
 // Adds up a row's samples in `vectors` SIMD registers of channels. Sums of few registers are kept
 // in parts, by corner, as an addition takes four cycles but two start in each.
@@ -55,7 +56,8 @@ void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
   const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
   const int32_t capacity = rows_of_block * p.points;
 
-  const Points<acc> points(capacity);
+  const Points<acc> points(capacity, p.reference_points != nullptr);
+  const Fusion<acc> fusion(p, levels, points.fused ? capacity : 0);
   const Array<int64_t> offset[4] = {Array<int64_t>(capacity), Array<int64_t>(capacity), Array<int64_t>(capacity), Array<int64_t>(capacity)}, base(capacity);
   set_levels(p, levels, rows_of_block, points);
 
@@ -72,6 +74,7 @@ void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
       const int32_t rows = std::min<int64_t>(rows_of_block, end - row);
       const int32_t count = rows * p.points;
       read_points<scalar_t>(p, Selection{row * p.points, 0, 1}, count, points);
+      if (points.fused) fuse_points<scalar_t>(p, row, rows, fusion, points);
       place_points(p.method, points, count);
       for (int32_t r = 0; r < rows; ++r) {
         const int64_t batch = (row + r) / (p.queries * p.heads), head = (row + r) % p.heads;

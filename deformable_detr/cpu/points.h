@@ -4,8 +4,8 @@
 // No include guard: included once per instruction set. The arrays lie side by side, so that the
 // compiler vectorises the loops over points.
 
-// Which points: some of each of `rows` rows. The first row's begin with point `first` of the tensor,
-// the next row's `stride` later.
+// Which points: some of each of `rows` rows. The first row's begin with point `first` of the
+// tensor, the next row's `stride` later.
 struct Selection {
   int64_t first, stride;
   int32_t rows;
@@ -13,23 +13,28 @@ struct Selection {
 
 template <typename acc>
 struct Points {
-  explicit Points(int64_t capacity)
-      : height(capacity),
+  Points(int64_t capacity, bool fused)
+      : fused(fused),
+        height(capacity),
         width(capacity),
         start(capacity),
         x(capacity),
         y(capacity),
         weight(capacity),
+        x_rest(fused ? capacity : 0),
+        y_rest(fused ? capacity : 0),
         stored{capacity, capacity},
         pixel{capacity, capacity, capacity, capacity},
         share{capacity, capacity, capacity, capacity},
         right(capacity),
         down(capacity) {}
 
+  const bool fused;
   Array<int32_t> height, width, start;  // of each point's level
 
-  Array<acc> x, y, weight;  // as given
-  Array<acc> stored[2];     // the same in half precision, as stored
+  Array<acc> x, y, weight;    // as given; fused, see fuse_points
+  Array<acc> x_rest, y_rest;  // fused only
+  Array<acc> stored[2];       // the same in half precision, as stored
 
   // As Corners has them, but a share is times the weight, and zero for a corner outside.
   Array<int32_t> pixel[4];
@@ -99,19 +104,29 @@ MSDA_INLINE void read_points(const Params& p, const Selection& selection, int32_
   read_weights<scalar_t>(p, selection, size, points);
 }
 
-template <Method method, typename acc>
+// A point on one axis. Fused, it is given as a pixel, else as a location.
+template <bool fused, typename acc>
+MSDA_INLINE Coordinate<acc> coordinate(const acc* at, const acc* rest, int32_t i, int32_t size) {
+  if constexpr (fused) return Coordinate<acc>(Exact<acc>{at[i], rest[i]});
+  return Coordinate<acc>(at[i], size);
+}
+
+template <Method method, bool fused, typename acc>
 MSDA_INLINE void place_points(const Points<acc>& points, int32_t count) {
   const int32_t *height = points.height.data(), *width = points.width.data(),
                 *start = points.start.data();
   const acc *x = points.x.data(), *y = points.y.data(), *weight = points.weight.data();
-  int32_t* const pixel[4] = {points.pixel[0].data(), points.pixel[1].data(),
-                             points.pixel[2].data(), points.pixel[3].data()};
+  const acc *x_rest = points.x_rest.data(), *y_rest = points.y_rest.data();
+  int32_t* const pixel[4] = {points.pixel[0].data(), points.pixel[1].data(), points.pixel[2].data(),
+                             points.pixel[3].data()};
   acc* const share[4] = {points.share[0].data(), points.share[1].data(), points.share[2].data(),
                          points.share[3].data()};
   acc *right = points.right.data(), *down = points.down.data();
 #pragma GCC ivdep
   for (int32_t i = 0; i < count; ++i) {
-    const Corners<acc> corners(x[i], y[i], Level{height[i], width[i], start[i]}, method);
+    const Corners<acc> corners(coordinate<fused>(x, x_rest, i, width[i]),
+                               coordinate<fused>(y, y_rest, i, height[i]),
+                               Level{height[i], width[i], start[i]}, method);
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
       pixel[corner][i] = corners.pixel[corner];
@@ -125,11 +140,12 @@ MSDA_INLINE void place_points(const Points<acc>& points, int32_t count) {
 
 template <typename acc>
 MSDA_INLINE void place_points(Method method, const Points<acc>& points, int32_t count) {
-  if (method == Method::bilinear) {
-    place_points<Method::bilinear>(points, count);
-  } else {
-    place_points<Method::nearest>(points, count);
+  if (points.fused) {
+    if (method == Method::bilinear) return place_points<Method::bilinear, true>(points, count);
+    return place_points<Method::nearest, true>(points, count);
   }
+  if (method == Method::bilinear) return place_points<Method::bilinear, false>(points, count);
+  return place_points<Method::nearest, false>(points, count);
 }
 
 // The levels of the points of `rows` whole rows.
