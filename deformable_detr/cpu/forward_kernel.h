@@ -3,6 +3,16 @@
 #include "deformable_detr/cpu/vector.h"
 #include "deformable_detr/cpu/points.h"
 
+// Asks for a pixel of `vectors` SIMD registers.
+template <int32_t vectors, typename scalar_t>
+MSDA_INLINE void prefetch(const scalar_t* pixel) {
+  constexpr int32_t bytes = vectors * sizeof(Stored<scalar_t>);
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(pixel) + i);
+  }
+}
+
 // Adds up a row's samples in `vectors` SIMD registers of channels. Sums of few registers are kept
 // in parts, by corner, as an addition takes four cycles but two start in each.
 template <typename scalar_t, int32_t vectors>
@@ -16,6 +26,7 @@ MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points, const Array<
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
       const scalar_t* pixel = value + offset[corner][i];
+      prefetch<vectors>(value + offset[corner][i + kPointsAhead]);
       const acc share = points.share[corner][i];
 #pragma GCC unroll 4
       for (int32_t v = 0; v < vectors; ++v) {
@@ -53,7 +64,7 @@ void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
   const int64_t all_rows = p.batch * p.queries * p.heads;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
-  const int32_t capacity = rows_of_block * p.points;
+  const int32_t capacity = rows_of_block * p.points + kPointsAhead;
 
   const Points<acc> points(capacity);
   const Array<int64_t> offset[4] = {Array<int64_t>(capacity), Array<int64_t>(capacity), Array<int64_t>(capacity), Array<int64_t>(capacity)}, base(capacity);
