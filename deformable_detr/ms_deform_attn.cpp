@@ -140,6 +140,14 @@ void check_levels(const Params& params) {
   }
   check(total == params.spatial_size, "spatial_shapes sums to ", total,
         " pixels over its levels, expected value.size(1)=", params.spatial_size);
+  for (int32_t level = 1; level < params.levels; ++level) {
+    for (int32_t other = 0; other < level; ++other) {
+      const Level a = read_level(params, level), b = read_level(params, other);
+      check(a.start >= b.start + b.height * b.width || b.start >= a.start + a.height * a.width,
+            "level_start_index has ", a.start, " for level ", level,
+            ", expected no overlap with level ", other, ", which starts at ", b.start);
+    }
+  }
 }
 
 // ------------------------------------------------------------------------------------------ inputs

@@ -18,9 +18,9 @@ struct Params {
   int64_t queries;
   int32_t heads;
   int32_t levels;
-  int32_t points;            // of one (batch, query, head), over all levels
-  int32_t points_per_level;  // the same in each level, or 0: see level_points
-  int32_t channels;          // per head; heads * channels is below 2^28
+  int32_t points;                           // of one (batch, query, head), over all levels
+  int32_t points_per_level;                 // the same in each level, or 0: see level_points
+  int32_t channels;                         // per head; heads * channels is below 2^28
   int32_t level_points[kMaxUnequalLevels];  // of each level, where points_per_level is 0
   Method method;
 
@@ -42,7 +42,8 @@ struct Params {
 struct BackwardParams : Params {
   const void* grad_output;  // [batch, queries, heads, channels]
 
-  void* grad_value;               // [batch, spatial_size, heads, channels] of acc_t, zero on entry
+  // The CPU's backend writes every element of grad_value, the GPU's adds to zeros of acc_t.
+  void* grad_value;               // [batch, spatial_size, heads, channels] of value's dtype
   void* grad_sampling_locations;  // as sampling_locations
   void* grad_attention_weights;   // as attention_weights
 };

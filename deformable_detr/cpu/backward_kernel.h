@@ -1,7 +1,7 @@
 // The backward of multi-scale deformable attention on a CPU, for one instruction set: see
 // backward.cpp.
-#include "deformable_detr/cpu/vector.h"
 #include "deformable_detr/cpu/points.h"
+#include "deformable_detr/cpu/vector.h"
 
 // What a thread works with; a tile's pixels are in `pixels`, see backward.cpp.
 template <typename acc>
@@ -60,8 +60,7 @@ MSDA_INLINE void store_tile(const acc_t<scalar_t>* pixels, int32_t padded, int32
 // The row of the map that a point belongs to: that of its north corners, moved into the map. So the
 // point's corners inside the map, and its nearest pixel, are in this row and the next.
 template <typename acc>
-MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count,
-                           int32_t* row) {
+MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count, int32_t* row) {
   const acc* y = points.y.data();
   const acc last = static_cast<acc>(height - 1);
 #pragma GCC ivdep
@@ -210,8 +209,8 @@ MSDA_INLINE void set_level(const Level& level, const Points<acc>& points, int32_
 // Which tiles a block of queries needs. Takes pieces of work: a block of a (batch, head) each.
 template <typename scalar_t>
 void find_tiles(const BackwardParams& p, const Tiles& tiles, uint64_t* tiles_of_block, Work& work) {
-  const Points<acc_t<scalar_t>> points(tiles.queries_of_block * p.points);
-  const Array<int32_t> rows_of_points(tiles.queries_of_block * p.points);
+  const Points<acc_t<scalar_t>> points(tiles.points_of_block);
+  const Array<int32_t> rows_of_points(tiles.points_of_block);
   int64_t piece;
   while (work.take(&piece)) {
     const int64_t head = piece % p.heads, block = piece / p.heads % tiles.blocks,
@@ -252,7 +251,7 @@ void backward(const BackwardParams& p, const Tiles& tiles, const uint64_t* tiles
   constexpr int32_t lanes = kLanes<acc>;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t padded = tiles.padded_channels;
-  const Workspace<acc> space(tiles.queries_of_block * p.points, padded, tiles.largest);
+  const Workspace<acc> space(tiles.points_of_block, padded, tiles.most_pixels);
 
   int64_t piece;
   while (work.take(&piece)) {
@@ -260,8 +259,8 @@ void backward(const BackwardParams& p, const Tiles& tiles, const uint64_t* tiles
                   batch = piece / p.heads / tiles.tiles.size();
     const Tile& tile = tiles.tiles[t];
     const uint64_t* needed = tiles_of_block + (batch * p.heads + head) * tiles.blocks;
-    const int64_t origin = (batch * p.spatial_size + tile.first_pixel()) * pixel_stride +
-                           head * p.channels;
+    const int64_t origin =
+        (batch * p.spatial_size + tile.first_pixel()) * pixel_stride + head * p.channels;
     load_tile(static_cast<const scalar_t*>(p.value) + origin, pixel_stride, p.channels,
               tile.pixels_with_halo(), padded, space.pixels.data());
     std::fill_n(space.pixels.data() + int64_t(tile.pixels_with_halo()) * 2 * padded, 2 * padded,
@@ -292,8 +291,8 @@ void backward(const BackwardParams& p, const Tiles& tiles, const uint64_t* tiles
         int32_t any = 0;
         for (int32_t i = first; i < last; ++i) any |= space.touched[i];
         if (!any) continue;
-        const scalar_t* grad_output = static_cast<const scalar_t*>(p.grad_output) +
-                                      (row + int64_t(r) * p.heads) * p.channels;
+        const scalar_t* grad_output =
+            static_cast<const scalar_t*>(p.grad_output) + (row + int64_t(r) * p.heads) * p.channels;
         prefetch<false>(grad_output, pixel_stride, p.channels);
         load_tile(grad_output, 0, p.channels, 1, 0, space.grad_output.data());
         int32_t c = 0;

@@ -1,7 +1,7 @@
 // The forward of multi-scale deformable attention on a CPU, for one instruction set: see
 // forward.cpp.
-#include "deformable_detr/cpu/vector.h"
 #include "deformable_detr/cpu/points.h"
+#include "deformable_detr/cpu/vector.h"
 
 // Asks for a pixel of `vectors` SIMD registers.
 template <int32_t vectors, typename scalar_t>
@@ -16,9 +16,9 @@ MSDA_INLINE void prefetch(const scalar_t* pixel) {
 // Adds up a row's samples in `vectors` SIMD registers of channels. Sums of few registers are kept
 // in parts, by corner, as an addition takes four cycles but two start in each.
 template <typename scalar_t, int32_t vectors>
-MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points, const Array<int64_t> (&offset)[4],
-                             int32_t first, int32_t last, const scalar_t* value,
-                             scalar_t* output) {
+MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points,
+                             const Array<int64_t> (&offset)[4], int32_t first, int32_t last,
+                             const scalar_t* value, scalar_t* output) {
   using acc = acc_t<scalar_t>;
   constexpr int32_t parts = vectors >= 4 ? 1 : 4 / vectors;
   Vector<acc> sum[parts][vectors] = {};
@@ -43,9 +43,9 @@ MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points, const Array<
 }
 
 template <typename scalar_t>
-MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points, const Array<int64_t> (&offset)[4],
-                             int32_t first, int32_t last, const scalar_t* value, scalar_t* output,
-                             int32_t channels) {
+MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points,
+                             const Array<int64_t> (&offset)[4], int32_t first, int32_t last,
+                             const scalar_t* value, scalar_t* output, int32_t channels) {
   using acc = acc_t<scalar_t>;
   Vector<acc> sum = {};
   for (int32_t i = first; i < last; ++i) {
@@ -67,14 +67,17 @@ void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
   const int32_t capacity = rows_of_block * p.points + kPointsAhead;
 
   const Points<acc> points(capacity);
-  const Array<int64_t> offset[4] = {Array<int64_t>(capacity), Array<int64_t>(capacity), Array<int64_t>(capacity), Array<int64_t>(capacity)}, base(capacity);
+  const Array<int64_t> offset[4] = {Array<int64_t>(capacity), Array<int64_t>(capacity),
+                                    Array<int64_t>(capacity), Array<int64_t>(capacity)},
+                       base(capacity);
   set_levels(p, levels, rows_of_block, points);
 
   // A corner outside is read from here, relative to value.
   const Array<scalar_t> zeros(p.channels);
   const scalar_t* value = static_cast<const scalar_t*>(p.value);
-  const int64_t outside = (reinterpret_cast<intptr_t>(zeros.data()) - reinterpret_cast<intptr_t>(value)) /
-                          static_cast<int64_t>(sizeof(scalar_t));
+  const int64_t outside =
+      (reinterpret_cast<intptr_t>(zeros.data()) - reinterpret_cast<intptr_t>(value)) /
+      static_cast<int64_t>(sizeof(scalar_t));
 
   int64_t piece;
   while (work.take(&piece)) {

@@ -4,8 +4,8 @@
 // No include guard: included once per instruction set. The arrays lie side by side, so that the
 // compiler vectorises the loops over points.
 
-// Which points: some of each of `rows` rows. The first row's begin with point `first` of the tensor,
-// the next row's `stride` later.
+// Which points: some of each of `rows` rows. The first row's begin with point `first` of the
+// tensor, the next row's `stride` later.
 struct Selection {
   int64_t first, stride;
   int32_t rows;
@@ -104,8 +104,8 @@ MSDA_INLINE void place_points(const Points<acc>& points, int32_t count) {
   const int32_t *height = points.height.data(), *width = points.width.data(),
                 *start = points.start.data();
   const acc *x = points.x.data(), *y = points.y.data(), *weight = points.weight.data();
-  int32_t* const pixel[4] = {points.pixel[0].data(), points.pixel[1].data(),
-                             points.pixel[2].data(), points.pixel[3].data()};
+  int32_t* const pixel[4] = {points.pixel[0].data(), points.pixel[1].data(), points.pixel[2].data(),
+                             points.pixel[3].data()};
   acc* const share[4] = {points.share[0].data(), points.share[1].data(), points.share[2].data(),
                          points.share[3].data()};
   acc *right = points.right.data(), *down = points.down.data();
