@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -143,17 +142,13 @@ void check_levels(const Params& params) {
   }
   check(total == params.spatial_size, "spatial_shapes sums to ", total,
         " pixels over its levels, expected value.size(1)=", params.spatial_size);
-
-  // In the order they start, one begins where the one before ends.
-  std::vector<Level> levels(params.levels);
-  for (int32_t level = 0; level < params.levels; ++level) levels[level] = read_level(params, level);
-  std::sort(levels.begin(), levels.end(),
-            [](const Level& a, const Level& b) { return a.start < b.start; });
-  int32_t end = 0;
-  for (const Level& level : levels) {
-    check(level.start == end, "level_start_index has ", level.start, ", expected ", end,
-          ": levels cover value without overlapping");
-    end += level.height * level.width;
+  for (int32_t level = 1; level < params.levels; ++level) {
+    for (int32_t other = 0; other < level; ++other) {
+      const Level a = read_level(params, level), b = read_level(params, other);
+      check(a.start >= b.start + b.height * b.width || b.start >= a.start + a.height * a.width,
+            "level_start_index has ", a.start, " for level ", level,
+            ", expected no overlap with level ", other, ", which starts at ", b.start);
+    }
   }
 }
 

@@ -51,7 +51,8 @@ struct Params {
 struct BackwardParams : Params {
   const void* grad_output;  // [batch, queries, heads, channels]
 
-  void* grad_value;               // [batch, spatial_size, heads, channels] of acc_t, zero on entry
+  // The CPU's backend writes every element of grad_value, the GPU's adds to zeros of acc_t.
+  void* grad_value;               // [batch, spatial_size, heads, channels] of value's dtype
   void* grad_sampling_locations;  // as sampling_locations
   void* grad_attention_weights;   // as attention_weights
   void* grad_reference_points;    // [batch, queries, heads, reference_levels,

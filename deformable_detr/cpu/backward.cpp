@@ -17,9 +17,10 @@
 namespace ms_deform_attn::cpu {
 namespace {
 
-constexpr int32_t kBlockPoints = 128;
 constexpr int64_t kTileBytes = 960 << 10;  // with the rest, below 1 MB a thread
-constexpr int32_t kRegisterBytes = 64;     // the largest: tiles are the same for all
+constexpr int64_t kFewestTiles = 32;       // of a call, about: for all threads to have some
+constexpr int32_t kBlockPoints = 128;
+constexpr int32_t kRegisterBytes = 64;  // the largest: tiles are the same for all
 
 struct Tile {
   Level level;
@@ -33,33 +34,38 @@ struct Tile {
 
 struct Tiles {
   int32_t padded_channels;
-  int32_t queries_of_block;
-  int64_t blocks;   // of a batch
-  int64_t largest;  // pixels in one, with its halo and the one that stands for all outside
+  int32_t queries_of_block;  // that are looked at together
+  int32_t points_of_block;   // at most, in one level
+  int64_t blocks;            // of a batch
+  int64_t most_pixels;       // of a tile, with its halo and the pixel that stands for all elsewhere
   std::vector<Tile> tiles;
 };
 
-// As many rows as fit, at least one.
+// As many rows of a map as fit, but not so many that there is too little to share.
 template <typename acc>
 Tiles cut_tiles(const Params& p) {
   constexpr int32_t lanes = kRegisterBytes / sizeof(acc);
   Tiles result{};
   result.padded_channels = (p.channels + lanes - 1) / lanes * lanes;
-  const int64_t pixels = kTileBytes / (2 * sizeof(acc) * result.padded_channels);
+  const int64_t pixels_that_fit = kTileBytes / (2 * sizeof(acc) * result.padded_channels) - 1;
+  const int64_t pixels_to_share = p.batch * p.heads * p.spatial_size / kFewestTiles;
   int32_t first_point = 0, most_points = 1;
   for (int32_t i = 0; i < p.levels; ++i) {
     const Level level = read_level(p, i);
     const int32_t points = points_of_level(p, i);
-    const int32_t rows = level.height ? std::max<int64_t>(1, (pixels - 1) / level.width - 1) : 1;
+    const int64_t width = std::max(1, level.width);
+    const int32_t rows = std::max<int64_t>(
+        1, std::min(pixels_that_fit / width - 1, pixels_to_share / width));  // -1: the halo
     for (int32_t row = 0; row < level.height; row += rows) {
       const Tile tile{level, row, std::min(row + rows, level.height), first_point, points};
-      result.largest = std::max<int64_t>(result.largest, tile.pixels_with_halo() + 1);
+      result.most_pixels = std::max<int64_t>(result.most_pixels, tile.pixels_with_halo() + 1);
       result.tiles.push_back(tile);
     }
     first_point += points;
     most_points = std::max(most_points, points);
   }
   result.queries_of_block = std::max(1, kBlockPoints / most_points);
+  result.points_of_block = result.queries_of_block * most_points;
   result.blocks = (p.queries + result.queries_of_block - 1) / result.queries_of_block;
   return result;
 }

@@ -1,7 +1,10 @@
 // The backward of multi-scale deformable attention on a CPU, for one instruction set: see
 // backward.cpp.
+// Each needs the one before.
 #include "deformable_detr/cpu/vector.h"
+
 #include "deformable_detr/cpu/points.h"
+
 #include "deformable_detr/cpu/fused.h"
 
 // What a thread works with; a tile's pixels are in `pixels`, see backward.cpp.
@@ -61,8 +64,7 @@ MSDA_INLINE void store_tile(const acc_t<scalar_t>* pixels, int32_t padded, int32
 // The row of the map that a point belongs to: that of its north corners, moved into the map. So the
 // point's corners inside the map, and its nearest pixel, are in this row and the next.
 template <bool fused, typename acc>
-MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count,
-                           int32_t* row) {
+MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count, int32_t* row) {
   const acc *y = points.y.data(), *y_rest = points.y_rest.data();
   const acc last = static_cast<acc>(height - 1);
 #pragma GCC ivdep
@@ -74,8 +76,7 @@ MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t co
 }
 
 template <typename acc>
-MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count,
-                           int32_t* row) {
+MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count, int32_t* row) {
   if (points.fused) return find_rows<true>(points, height, count, row);
   return find_rows<false>(points, height, count, row);
 }
@@ -257,8 +258,8 @@ void fuse_rows(const Params& p, const std::vector<Level>& levels, int64_t first,
 // Which tiles a block of queries needs. Takes pieces of work: a block of a (batch, head) each.
 template <typename scalar_t>
 void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_block, Work& work) {
-  const Points<acc_t<scalar_t>> points(tiles.queries_of_block * p.points, p.reference_points);
-  const Array<int32_t> rows_of_points(tiles.queries_of_block * p.points);
+  const Points<acc_t<scalar_t>> points(tiles.points_of_block, p.reference_points);
+  const Array<int32_t> rows_of_points(tiles.points_of_block);
   int64_t piece;
   while (work.take(&piece)) {
     const int64_t head = piece % p.heads, block = piece / p.heads % tiles.blocks,
@@ -294,14 +295,12 @@ void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_bloc
 
 // Takes pieces of work: a tile of a (batch, head) each.
 template <typename scalar_t>
-void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_block,
-              Work& work) {
+void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_block, Work& work) {
   using acc = acc_t<scalar_t>;
   constexpr int32_t lanes = kLanes<acc>;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t padded = tiles.padded_channels;
-  const Workspace<acc> space(tiles.queries_of_block * p.points, p.reference_points, padded,
-                             tiles.largest);
+  const Workspace<acc> space(tiles.points_of_block, p.reference_points, padded, tiles.most_pixels);
 
   int64_t piece;
   while (work.take(&piece)) {
@@ -309,8 +308,8 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
                   batch = piece / p.heads / tiles.tiles.size();
     const Tile& tile = tiles.tiles[t];
     const uint64_t* needed = tiles_of_block + (batch * p.heads + head) * tiles.blocks;
-    const int64_t origin = (batch * p.spatial_size + tile.first_pixel()) * pixel_stride +
-                           head * p.channels;
+    const int64_t origin =
+        (batch * p.spatial_size + tile.first_pixel()) * pixel_stride + head * p.channels;
     load_tile(static_cast<const scalar_t*>(p.value) + origin, pixel_stride, p.channels,
               tile.pixels_with_halo(), padded, space.pixels.data());
     std::fill_n(space.pixels.data() + int64_t(tile.pixels_with_halo()) * 2 * padded, 2 * padded,
@@ -342,8 +341,8 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
         int32_t any = 0;
         for (int32_t i = first; i < last; ++i) any |= space.touched[i];
         if (!any) continue;
-        const scalar_t* grad_output = static_cast<const scalar_t*>(p.grad_output) +
-                                      (row + int64_t(r) * p.heads) * p.channels;
+        const scalar_t* grad_output =
+            static_cast<const scalar_t*>(p.grad_output) + (row + int64_t(r) * p.heads) * p.channels;
         prefetch<false>(grad_output, pixel_stride, p.channels);
         load_tile(grad_output, 0, p.channels, 1, 0, space.grad_output.data());
         int32_t c = 0;

@@ -44,11 +44,11 @@ inline Capability capability() {
 
 // Calls a function that each_capability.h has compiled for every instruction set.
 #if MSDA_X86_LEVELS
-#define MSDA_FOR_CAPABILITY(call)                  \
-  switch (capability()) {                          \
+#define MSDA_FOR_CAPABILITY(call)                     \
+  switch (capability()) {                             \
     case Capability::portable: portable::call; break; \
-    case Capability::avx2: avx2::call; break;      \
-    case Capability::avx512: avx512::call; break;  \
+    case Capability::avx2: avx2::call; break;         \
+    case Capability::avx512: avx512::call; break;     \
   }
 #else
 #define MSDA_FOR_CAPABILITY(call) portable::call

@@ -9,6 +9,7 @@
 namespace ms_deform_attn::cpu {
 namespace {
 constexpr int32_t kBlockPoints = 128;  // their tables stay in the L1 cache
+constexpr int32_t kPointsAhead = 8;    // whose pixels are asked for
 constexpr int64_t kRowsOfPiece = 256;
 }  // namespace
 }  // namespace ms_deform_attn::cpu

@@ -1,15 +1,28 @@
 // The forward of multi-scale deformable attention on a CPU, for one instruction set: see
 // forward.cpp.
+// Each needs the one before.
 #include "deformable_detr/cpu/vector.h"
+
 #include "deformable_detr/cpu/points.h"
+
 #include "deformable_detr/cpu/fused.h"
+
+// Asks for a pixel of `vectors` SIMD registers.
+template <int32_t vectors, typename scalar_t>
+MSDA_INLINE void prefetch(const scalar_t* pixel) {
+  constexpr int32_t bytes = vectors * sizeof(Stored<scalar_t>);
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(pixel) + i);
+  }
+}
 
 // Adds up a row's samples in `vectors` SIMD registers of channels. Sums of few registers are kept
 // in parts, by corner, as an addition takes four cycles but two start in each.
 template <typename scalar_t, int32_t vectors>
-MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points, const Array<int64_t> (&offset)[4],
-                             int32_t first, int32_t last, const scalar_t* value,
-                             scalar_t* output) {
+MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points,
+                             const Array<int64_t> (&offset)[4], int32_t first, int32_t last,
+                             const scalar_t* value, scalar_t* output) {
   using acc = acc_t<scalar_t>;
   constexpr int32_t parts = vectors >= 4 ? 1 : 4 / vectors;
   Vector<acc> sum[parts][vectors] = {};
@@ -17,6 +30,7 @@ MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points, const Array<
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; ++corner) {
       const scalar_t* pixel = value + offset[corner][i];
+      prefetch<vectors>(value + offset[corner][i + kPointsAhead]);
       const acc share = points.share[corner][i];
 #pragma GCC unroll 4
       for (int32_t v = 0; v < vectors; ++v) {
@@ -33,9 +47,9 @@ MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points, const Array<
 }
 
 template <typename scalar_t>
-MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points, const Array<int64_t> (&offset)[4],
-                             int32_t first, int32_t last, const scalar_t* value, scalar_t* output,
-                             int32_t channels) {
+MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points,
+                             const Array<int64_t> (&offset)[4], int32_t first, int32_t last,
+                             const scalar_t* value, scalar_t* output, int32_t channels) {
   using acc = acc_t<scalar_t>;
   Vector<acc> sum = {};
   for (int32_t i = first; i < last; ++i) {
@@ -54,18 +68,21 @@ void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
   const int64_t all_rows = p.batch * p.queries * p.heads;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
-  const int32_t capacity = rows_of_block * p.points;
+  const int32_t capacity = rows_of_block * p.points + kPointsAhead;
 
-  const Points<acc> points(capacity, p.reference_points != nullptr);
+  const Points<acc> points(capacity, p.reference_points);
   const Fusion<acc> fusion(p, levels, points.fused ? capacity : 0);
-  const Array<int64_t> offset[4] = {Array<int64_t>(capacity), Array<int64_t>(capacity), Array<int64_t>(capacity), Array<int64_t>(capacity)}, base(capacity);
+  const Array<int64_t> offset[4] = {Array<int64_t>(capacity), Array<int64_t>(capacity),
+                                    Array<int64_t>(capacity), Array<int64_t>(capacity)},
+                       base(capacity);
   set_levels(p, levels, rows_of_block, points);
 
   // A corner outside is read from here, relative to value.
   const Array<scalar_t> zeros(p.channels);
   const scalar_t* value = static_cast<const scalar_t*>(p.value);
-  const int64_t outside = (reinterpret_cast<intptr_t>(zeros.data()) - reinterpret_cast<intptr_t>(value)) /
-                          static_cast<int64_t>(sizeof(scalar_t));
+  const int64_t outside =
+      (reinterpret_cast<intptr_t>(zeros.data()) - reinterpret_cast<intptr_t>(value)) /
+      static_cast<int64_t>(sizeof(scalar_t));
 
   int64_t piece;
   while (work.take(&piece)) {
