@@ -12,7 +12,8 @@
 // contributes zero, so a point more than a pixel outside, or not finite, has none at all.
 //
 // Nearest sampling (RT-DETRv2's "discrete") takes one pixel whole: (floor(x * width + 0.5),
-// floor(y * height + 0.5)), moved into the map. It has no gradient by location.
+// floor(y * height + 0.5)), moved into the map. Its gradient by location is zero: d_location_x and
+// d_location_y are of bilinear sampling only.
 #pragma once
 
 #include <cmath>
@@ -21,7 +22,7 @@
 #if defined(__CUDACC__)
 #define MSDA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define MSDA_HOST_DEVICE inline
+#define MSDA_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace ms_deform_attn {
@@ -41,6 +42,41 @@ MSDA_HOST_DEVICE Level make_level(int64_t height, int64_t width, int64_t start,
   return {static_cast<int32_t>(height), static_cast<int32_t>(width), static_cast<int32_t>(start)};
 }
 
+constexpr int32_t kOutside = -1;
+
+// A number to twice the precision of acc_t: rounded, and the rest.
+template <typename acc_t>
+struct Exact {
+  acc_t rounded, rest;
+};
+
+template <typename acc_t>
+MSDA_HOST_DEVICE Exact<acc_t> exact(double x) {
+  const acc_t rounded = static_cast<acc_t>(x);
+  return {rounded, static_cast<acc_t>(x - rounded)};
+}
+
+template <typename acc_t>
+MSDA_HOST_DEVICE Exact<acc_t> multiply(acc_t a, const Exact<acc_t>& b) {
+  const acc_t product = a * b.rounded;
+  return {product, std::fma(a, b.rounded, -product) + a * b.rest};
+}
+
+// One axis of a reference point and a sampling offset of `extent` pixels per unit: reference * size
+// + offset * extent - 0.5. The products may cancel, so that their errors exceed the sum's rounding.
+template <typename acc_t>
+MSDA_HOST_DEVICE Exact<acc_t> offset_pixel(acc_t reference, int32_t size, acc_t offset,
+                                           const Exact<acc_t>& extent) {
+  const Exact<acc_t> from = multiply(reference, Exact<acc_t>{static_cast<acc_t>(size), 0});
+  const Exact<acc_t> move = multiply(offset, extent);
+  const acc_t sum = from.rounded + move.rounded, part = sum - from.rounded;
+  const acc_t sum_error = (from.rounded - (sum - part)) + (move.rounded - part);
+  const acc_t shifted = sum - acc_t(0.5);
+  const acc_t error = (((sum - shifted) - acc_t(0.5)) + sum_error) + (from.rest + move.rest);
+  const acc_t pixel = shifted + error;
+  return {pixel, (shifted - pixel) + error};
+}
+
 // One axis of a location: pixel = location * size - 0.5, split into its floor and the rest.
 //
 // Rounding the product alone would misplace a point on a map 300 pixels wide by 1e-5 pixels, and
@@ -48,7 +84,7 @@ MSDA_HOST_DEVICE Level make_level(int64_t height, int64_t width, int64_t start,
 // errors of the product (fma) and of the subtraction are kept and added to the fraction.
 template <typename acc_t>
 struct Coordinate {
-  int32_t floor;
+  acc_t floor;
   acc_t fraction;
 
   MSDA_HOST_DEVICE Coordinate(acc_t location, int32_t size) {
@@ -56,58 +92,82 @@ struct Coordinate {
     const acc_t pixel = product - acc_t(0.5);
     const acc_t error =
         std::fma(location, static_cast<acc_t>(size), -product) + ((product - pixel) - acc_t(0.5));
-    const acc_t down = std::floor(pixel);
-    const acc_t rest = (pixel - down) + error;
-    // The true pixel is just below the rounded one, which is whole.
-    const bool below = rest < 0;
-    fraction = below ? rest + 1 : rest;
-    floor = to_index(down, size) - (below ? 1 : 0);
+    split({pixel, error});
   }
 
-  // Whether the pixel, or the one after it, lies in [0, size). False for NaN and infinity.
-  MSDA_HOST_DEVICE bool is_inside(int32_t size) const {
-    return static_cast<uint32_t>(floor) < static_cast<uint32_t>(size);
-  }
-  MSDA_HOST_DEVICE bool next_is_inside(int32_t size) const {
-    return static_cast<uint32_t>(floor) + 1u < static_cast<uint32_t>(size);
+  MSDA_HOST_DEVICE explicit Coordinate(const Exact<acc_t>& pixel) { split(pixel); }
+
+  MSDA_HOST_DEVICE void split(const Exact<acc_t>& pixel) {
+    floor = std::floor(pixel.rounded);
+    floor -= (pixel.rounded == floor) & (pixel.rest < 0) ? acc_t(1) : acc_t(0);
+    fraction = (pixel.rounded - floor) + pixel.rest;
   }
 
- private:
-  // A number that is not finite, or far outside, becomes one that is outside.
-  static MSDA_HOST_DEVICE int32_t to_index(acc_t down, int32_t size) {
-    return static_cast<int32_t>(down >= -1 && down <= static_cast<acc_t>(size) ? down : acc_t(-3));
+  // Whether this pixel or the next lies in [0, size). False for NaN and infinity.
+  MSDA_HOST_DEVICE bool touches(int32_t size) const {
+    return (floor >= -1) & (floor < static_cast<acc_t>(size));
+  }
+
+  // floor(location * size + 0.5) moved into [0, size), or kOutside where that is not finite.
+  MSDA_HOST_DEVICE int32_t nearest(int32_t size) const {
+    const acc_t pixel = floor + 1, last = static_cast<acc_t>(size - 1);
+    const bool inside = (pixel > 0) & (pixel < last);
+    const int32_t moved = pixel >= last ? size - 1 : 0;
+    const int32_t index = inside ? static_cast<int32_t>(inside ? pixel : acc_t(0)) : moved;
+    return (floor - floor == 0) & (size > 0) ? index : kOutside;
   }
 };
 
 enum class Method : int8_t { bilinear, nearest };
 
-constexpr int32_t kOutside = -1;
-
 // The four corners of a point, in the order nw, ne, sw, se.
 template <typename acc_t>
 struct Corners {
   int32_t pixel[4];  // in value's spatial dimension, or kOutside
-  acc_t column_share[2], row_share[2];  // of west and east, north and south; outside: zero
+  acc_t right, down;
 
-  MSDA_HOST_DEVICE Corners()
-      : pixel{kOutside, kOutside, kOutside, kOutside}, column_share{0, 0}, row_share{0, 0} {}
+  MSDA_HOST_DEVICE Corners() : pixel{kOutside, kOutside, kOutside, kOutside}, right(0), down(0) {}
 
-  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level) {
-    const Coordinate<acc_t> x(location_x, level.width), y(location_y, level.height);
-    const bool west = x.is_inside(level.width), east = x.next_is_inside(level.width);
-    const bool north = y.is_inside(level.height), south = y.next_is_inside(level.height);
-    column_share[0] = west ? 1 - x.fraction : 0;
-    column_share[1] = east ? x.fraction : 0;
-    row_share[0] = north ? 1 - y.fraction : 0;
-    row_share[1] = south ? y.fraction : 0;
-    const int32_t nw = level.start + y.floor * level.width + x.floor;
-    pixel[0] = north && west ? nw : kOutside;
-    pixel[1] = north && east ? nw + 1 : kOutside;
-    pixel[2] = south && west ? nw + level.width : kOutside;
-    pixel[3] = south && east ? nw + level.width + 1 : kOutside;
+  // Without branches, so that a loop over points is vectorised.
+  MSDA_HOST_DEVICE Corners(const Coordinate<acc_t>& x, const Coordinate<acc_t>& y,
+                           const Level& level) {
+    const bool touches = x.touches(level.width) & y.touches(level.height);
+    right = touches ? x.fraction : acc_t(0);
+    down = touches ? y.fraction : acc_t(0);
+    // A point that touches nothing is put where neither its pixels nor the next are inside. (A
+    // constant there would be propagated into branches, which keep the loop from being vectorised.)
+    const int32_t column = touches ? static_cast<int32_t>(x.floor) : -1 - level.width;
+    const int32_t row = touches ? static_cast<int32_t>(y.floor) : -1 - level.height;
+    const bool west = (column >= 0) & (column < level.width);
+    const bool east = (column >= -1) & (column < level.width - 1);
+    const bool north = (row >= 0) & (row < level.height);
+    const bool south = (row >= -1) & (row < level.height - 1);
+    const int32_t nw = level.start + row * level.width + column;
+    pixel[0] = north & west ? nw : kOutside;
+    pixel[1] = north & east ? nw + 1 : kOutside;
+    pixel[2] = south & west ? nw + level.width : kOutside;
+    pixel[3] = south & east ? nw + level.width + 1 : kOutside;
   }
 
-  // The first corner inside, or kOutside. All corners lie within a row and a pixel after it.
+  // Nearest sampling has its one pixel for nw, with a share of one; the others are outside.
+  MSDA_HOST_DEVICE Corners(const Coordinate<acc_t>& x, const Coordinate<acc_t>& y,
+                           const Level& level, Method method)
+      : Corners() {
+    if (method == Method::bilinear) {
+      *this = Corners(x, y, level);
+      return;
+    }
+    const int32_t column = x.nearest(level.width), row = y.nearest(level.height);
+    const bool inside = (column != kOutside) & (row != kOutside);
+    pixel[0] = inside ? level.start + row * level.width + column : kOutside;
+  }
+
+  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level,
+                           Method method = Method::bilinear)
+      : Corners(Coordinate<acc_t>(location_x, level.width),
+                Coordinate<acc_t>(location_y, level.height), level, method) {}
+
+  // The first corner inside, or kOutside.
   MSDA_HOST_DEVICE int32_t first_pixel() const {
     for (int corner = 0; corner < 3; ++corner) {
       if (pixel[corner] != kOutside) return pixel[corner];
@@ -115,24 +175,23 @@ struct Corners {
     return pixel[3];
   }
 
-  // A corner's part in the sample.
   MSDA_HOST_DEVICE acc_t share(int corner) const {
-    return column_share[corner & 1] * row_share[corner >> 1];
+    return (corner & 1 ? right : 1 - right) * (corner & 2 ? down : 1 - down);
   }
 
-  // The sample and its derivatives by location (not by pixel), from the four corners' values, where
-  // a corner outside has value zero.
-  MSDA_HOST_DEVICE acc_t sample(const acc_t (&corner)[4]) const {
-    return row_share[0] * (column_share[0] * corner[0] + column_share[1] * corner[1]) +
-           row_share[1] * (column_share[0] * corner[2] + column_share[1] * corner[3]);
-  }
+  // The sample's derivatives by location (not by pixel), from the four corners' values, where a
+  // corner outside has value zero.
   MSDA_HOST_DEVICE acc_t d_location_x(const acc_t (&corner)[4], const Level& level) const {
     return static_cast<acc_t>(level.width) *
-           (row_share[0] * (corner[1] - corner[0]) + row_share[1] * (corner[3] - corner[2]));
+           ((1 - down) * (corner[1] - corner[0]) + down * (corner[3] - corner[2]));
   }
   MSDA_HOST_DEVICE acc_t d_location_y(const acc_t (&corner)[4], const Level& level) const {
     return static_cast<acc_t>(level.height) *
-           (column_share[0] * (corner[2] - corner[0]) + column_share[1] * (corner[3] - corner[1]));
+           ((1 - right) * (corner[2] - corner[0]) + right * (corner[3] - corner[1]));
+  }
+  MSDA_HOST_DEVICE acc_t sample(const acc_t (&corner)[4]) const {
+    return (1 - down) * ((1 - right) * corner[0] + right * corner[1]) +
+           down * ((1 - right) * corner[2] + right * corner[3]);
   }
 };
 

@@ -8,10 +8,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "torch-ext/torch_binding.h"
 
@@ -140,6 +142,14 @@ void check_levels(const Params& params) {
   }
   check(total == params.spatial_size, "spatial_shapes sums to ", total,
         " pixels over its levels, expected value.size(1)=", params.spatial_size);
+  for (int32_t level = 1; level < params.levels; ++level) {
+    for (int32_t other = 0; other < level; ++other) {
+      const Level a = read_level(params, level), b = read_level(params, other);
+      check(a.start >= b.start + b.height * b.width || b.start >= a.start + a.height * a.width,
+            "level_start_index has ", a.start, " for level ", level,
+            ", expected no overlap with level ", other, ", which starts at ", b.start);
+    }
+  }
 }
 
 // ------------------------------------------------------------------------------------------ inputs
@@ -155,58 +165,48 @@ Tensor aligned(const Tensor& tensor) {
   return torch::stable::clone(contiguous);
 }
 
+// The op's arguments. Fused, sampling_locations are offsets from the reference points and
+// attention_weights are logits.
 struct Inputs {
   Tensor value, spatial_shapes, level_start_index, sampling_locations, attention_weights;
+  const std::optional<std::vector<int64_t>>& points_per_level;
+  bool nearest;
+  std::optional<Tensor> reference_points = std::nullopt;
+  double offset_scale = 0;
+
+  const char* locations_name() const {
+    return reference_points ? "sampling_offsets" : "sampling_locations";
+  }
+  const char* weights_name() const {
+    return reference_points ? "attention_logits" : "attention_weights";
+  }
 
   // Replaces the tensors by aligned ones and returns what the backends need to know of them.
   template <typename ParamsType>
   ParamsType check_and_align() {
     ParamsType params{};
-    check_shape("value", value, {{"batch"}, {"sum(h*w)"}, {"heads"}, {"channels"}});
-    params.value_dtype = value_dtype(value);
-    params.batch = value.size(0);
-    params.spatial_size = value.size(1);
-    check(params.spatial_size <= INT32_MAX, "value has ", params.spatial_size,
-          " pixels in dimension 1, expected fewer than 2^31");
-    check(value.size(2) * value.size(3) < (1 << 28), "value has ", value.size(2), " heads of ",
-          value.size(3), " channels, expected a product below 2^28");
-    params.heads = static_cast<int32_t>(value.size(2));
-    params.channels = static_cast<int32_t>(value.size(3));
-
+    check_value(params);
     check_shape("spatial_shapes", spatial_shapes, {{"levels"}, {"2", 2}});
     params.levels = static_cast<int32_t>(spatial_shapes.size(0));
     check_shape("level_start_index", level_start_index, {{"levels", params.levels}});
-    check_shape("sampling_locations", sampling_locations,
-                {{"batch", params.batch},
-                 {"queries"},
-                 {"heads", params.heads},
-                 {"levels", params.levels},
-                 {"points"},
-                 {"2", 2}});
-    params.queries = sampling_locations.size(1);
-    check(params.levels * sampling_locations.size(4) <= INT32_MAX, "sampling_locations has ",
-          sampling_locations.size(4), " points in each of ", params.levels,
-          " levels, expected fewer than 2^31 in all");
-    params.points_per_level = static_cast<int32_t>(sampling_locations.size(4));
-    params.points = params.levels * params.points_per_level;
-    check_shape("attention_weights", attention_weights,
-                {{"batch", params.batch},
-                 {"queries", params.queries},
-                 {"heads", params.heads},
-                 {"levels", params.levels},
-                 {"points", params.points_per_level}});
+    if (points_per_level) {
+      check_listed_points(params, *points_per_level);
+    } else {
+      check_equal_points(params);
+    }
+    params.method = nearest ? Method::nearest : Method::bilinear;
 
     params.shapes_int64 = is_int64("spatial_shapes", spatial_shapes);
     params.starts_int64 = is_int64("level_start_index", level_start_index);
     params.locations_dtype =
-        operand_dtype("sampling_locations", sampling_locations, value, params.value_dtype);
+        operand_dtype(locations_name(), sampling_locations, value, params.value_dtype);
     params.weights_dtype =
-        operand_dtype("attention_weights", attention_weights, value, params.value_dtype);
+        operand_dtype(weights_name(), attention_weights, value, params.value_dtype);
 
     check_device("spatial_shapes", spatial_shapes, value);
     check_device("level_start_index", level_start_index, value);
-    check_device("sampling_locations", sampling_locations, value);
-    check_device("attention_weights", attention_weights, value);
+    check_device(locations_name(), sampling_locations, value);
+    check_device(weights_name(), attention_weights, value);
 
     value = aligned(value);
     spatial_shapes = contiguous_or_copy(spatial_shapes);
@@ -219,8 +219,106 @@ struct Inputs {
     params.level_start_index = level_start_index.data_ptr();
     params.sampling_locations = sampling_locations.data_ptr();
     params.attention_weights = attention_weights.data_ptr();
+    if (reference_points) check_and_align_reference(params);
     if (value.is_cpu()) check_levels(params);
     return params;
+  }
+
+  void check_value(Params& params) const {
+    check_shape("value", value, {{"batch"}, {"sum(h*w)"}, {"heads"}, {"channels"}});
+    params.value_dtype = value_dtype(value);
+    params.batch = value.size(0);
+    params.spatial_size = value.size(1);
+    check(params.spatial_size <= INT32_MAX, "value has ", params.spatial_size,
+          " pixels in dimension 1, expected fewer than 2^31");
+    check(value.size(2) * value.size(3) < (1 << 28), "value has ", value.size(2), " heads of ",
+          value.size(3), " channels, expected a product below 2^28");
+    params.heads = static_cast<int32_t>(value.size(2));
+    params.channels = static_cast<int32_t>(value.size(3));
+  }
+
+  // Each level has as many points as dimension 4 says.
+  void check_equal_points(Params& params) const {
+    check_shape(locations_name(), sampling_locations,
+                {{"batch", params.batch},
+                 {"queries"},
+                 {"heads", params.heads},
+                 {"levels", params.levels},
+                 {"points"},
+                 {"2", 2}});
+    params.queries = sampling_locations.size(1);
+    check(params.levels * sampling_locations.size(4) <= INT32_MAX, locations_name(), " has ",
+          sampling_locations.size(4), " points in each of ", params.levels,
+          " levels, expected fewer than 2^31 in all");
+    params.points_per_level = static_cast<int32_t>(sampling_locations.size(4));
+    params.points = params.levels * params.points_per_level;
+    check_shape(weights_name(), attention_weights,
+                {{"batch", params.batch},
+                 {"queries", params.queries},
+                 {"heads", params.heads},
+                 {"levels", params.levels},
+                 {"points", params.points_per_level}});
+  }
+
+  // Each level has as many points as points_per_level says; dimension 3 runs over all of them.
+  void check_listed_points(Params& params, const std::vector<int64_t>& numbers) const {
+    check_shape(
+        locations_name(), sampling_locations,
+        {{"batch", params.batch}, {"queries"}, {"heads", params.heads}, {"points"}, {"2", 2}});
+    params.queries = sampling_locations.size(1);
+    const int64_t points = sampling_locations.size(3);
+    check(points <= INT32_MAX, locations_name(), " has ", points,
+          " points, expected fewer than 2^31");
+    params.points = static_cast<int32_t>(points);
+    check_shape(weights_name(), attention_weights,
+                {{"batch", params.batch},
+                 {"queries", params.queries},
+                 {"heads", params.heads},
+                 {"points", params.points}});
+
+    check(numbers.size() == static_cast<size_t>(params.levels), "points_per_level has ",
+          numbers.size(), " numbers, expected levels=", params.levels);
+    int64_t total = 0;
+    bool equal = true;
+    for (int32_t level = 0; level < params.levels; ++level) {
+      check(0 <= numbers[level] && numbers[level] <= points, "points_per_level has ",
+            numbers[level], " for level ", level, ", expected at least 0 and at most ", points,
+            ", the points of ", locations_name());
+      total += numbers[level];
+      equal = equal && numbers[level] == numbers[0];
+    }
+    check(total == points, "points_per_level sums to ", total, ", expected ", points,
+          ", the points of ", locations_name());
+    if (equal) {
+      params.points_per_level = numbers.empty() ? 0 : static_cast<int32_t>(numbers[0]);
+      return;
+    }
+    check(params.levels <= kMaxUnequalLevels, "points_per_level has different numbers for ",
+          params.levels, " levels, expected at most ", kMaxUnequalLevels, " levels");
+    for (int32_t level = 0; level < params.levels; ++level) {
+      params.level_points[level] = static_cast<int32_t>(numbers[level]);
+    }
+  }
+
+  void check_and_align_reference(Params& params) {
+    Tensor& reference = *reference_points;
+    check_shape(
+        "reference_points", reference,
+        {{"batch", params.batch}, {"queries", params.queries}, {"levels or 1"}, {"2 or 4"}});
+    params.reference_levels = static_cast<int32_t>(reference.size(2));
+    params.reference_coordinates = static_cast<int32_t>(reference.size(3));
+    check(params.reference_levels == params.levels || params.reference_levels == 1,
+          "reference_points has ", params.reference_levels,
+          " levels, expected levels=", params.levels, " or 1");
+    check(params.reference_coordinates == 2 || params.reference_coordinates == 4,
+          "reference_points has ", params.reference_coordinates,
+          " coordinates, expected 2 (x, y) or 4 (x, y, width, height)");
+    params.reference_dtype =
+        operand_dtype("reference_points", reference, value, params.value_dtype);
+    check_device("reference_points", reference, value);
+    params.offset_scale = offset_scale;
+    reference = aligned(reference);
+    params.reference_points = reference.data_ptr();
   }
 };
 
@@ -258,15 +356,10 @@ void run_backward(const Tensor& value, const BackwardParams& params) {
   cpu::backward(params);
 }
 
-}  // namespace
+// -------------------------------------------------------------------------- allocate and compute
 
-// ----------------------------------------------------------------------------------------- the ops
-
-Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-               const Tensor& sampling_locations, const Tensor& attention_weights) {
-  Inputs inputs{value, spatial_shapes, level_start_index, sampling_locations, attention_weights};
+Tensor allocate_and_forward(Inputs& inputs) {
   Params params = inputs.check_and_align<Params>();
-
   Tensor output = torch::stable::new_empty(
       inputs.value, {params.batch, params.queries, int64_t(params.heads) * params.channels});
   if (output.numel() == 0) return output;
@@ -276,43 +369,148 @@ Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& 
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& value, const Tensor& spatial_shapes,
-                                            const Tensor& level_start_index,
-                                            const Tensor& sampling_locations,
-                                            const Tensor& attention_weights,
-                                            const Tensor& grad_output) {
-  Inputs inputs{value, spatial_shapes, level_start_index, sampling_locations, attention_weights};
+struct Gradients {
+  Tensor value, sampling_locations, attention_weights;
+  std::optional<Tensor> reference_points;
+};
+
+Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output,
+                                bool deterministic, bool reference_needs_grad = false) {
   BackwardParams params = inputs.check_and_align<BackwardParams>();
+  const ScalarType dtype = inputs.value.scalar_type();
 
   check_shape("grad_output", grad_output,
               {{"batch", params.batch},
                {"queries", params.queries},
                {"heads*channels", int64_t(params.heads) * params.channels}});
-  check(grad_output.scalar_type() == value.scalar_type(), "grad_output has dtype ",
+  check(grad_output.scalar_type() == dtype, "grad_output has dtype ",
         torch::headeronly::toString(grad_output.scalar_type()), ", expected ",
-        torch::headeronly::toString(value.scalar_type()), ", the dtype of value");
-  check_device("grad_output", grad_output, value);
+        torch::headeronly::toString(dtype), ", the dtype of value");
+  check_device("grad_output", grad_output, inputs.value);
   const Tensor aligned_grad_output = aligned(grad_output);
   params.grad_output = aligned_grad_output.data_ptr();
 
+  // Half types add up in float.
   const bool half = params.value_dtype == DType::f16 || params.value_dtype == DType::bf16;
-  Tensor grad_value = torch::stable::new_zeros(inputs.value, inputs.value.sizes(),
-                                               half ? ScalarType::Float : value.scalar_type());
-  Tensor grad_sampling_locations = torch::stable::empty_like(inputs.sampling_locations);
-  Tensor grad_attention_weights = torch::stable::empty_like(inputs.attention_weights);
-  params.grad_value = grad_value.data_ptr();
-  params.grad_sampling_locations = grad_sampling_locations.data_ptr();
-  params.grad_attention_weights = grad_attention_weights.data_ptr();
+  const ScalarType acc_dtype = half ? ScalarType::Float : dtype;
+  params.deterministic = deterministic;
+  bool zeroed_sums = false;
+#if defined(USE_CUDA)
+  std::optional<Tensor> scratch;
+  if (inputs.value.is_cuda()) {
+    const cuda::BackwardNeeds needs = cuda::backward_needs(params);
+    zeroed_sums = needs.zeroed_sums;
+    if (needs.scratch_bytes > 0) {
+      scratch = torch::stable::new_empty(inputs.value, {needs.scratch_bytes}, ScalarType::Byte);
+      params.scratch = scratch->data_ptr();
+    }
+  }
+#endif
+  Gradients grads{
+      zeroed_sums ? torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype)
+                  : torch::stable::empty_like(inputs.value),
+      torch::stable::empty_like(inputs.sampling_locations),
+      torch::stable::empty_like(inputs.attention_weights), std::nullopt};
+  params.grad_value = grads.value.data_ptr();
+  params.grad_sampling_locations = grads.sampling_locations.data_ptr();
+  params.grad_attention_weights = grads.attention_weights.data_ptr();
+  if (reference_needs_grad) {
+    grads.reference_points =
+        torch::stable::new_empty(inputs.value,
+                                 {params.batch, params.queries, params.heads,
+                                  params.reference_levels, params.reference_coordinates},
+                                 acc_dtype);
+    params.grad_reference_points = grads.reference_points->data_ptr();
+  }
 
   const bool no_channels = int64_t(params.heads) * params.channels == 0;
-  if (no_channels) {
-    torch::stable::zero_(grad_sampling_locations);
-    torch::stable::zero_(grad_attention_weights);
-  } else if (grad_attention_weights.numel() > 0) {
+  if (no_channels || grads.attention_weights.numel() == 0) {
+    torch::stable::zero_(grads.value);
+    torch::stable::zero_(grads.sampling_locations);
+    torch::stable::zero_(grads.attention_weights);
+    if (reference_needs_grad) torch::stable::zero_(*grads.reference_points);
+  } else {
     run_backward(inputs.value, params);
   }
-  if (half) grad_value = torch::stable::to(grad_value, value.scalar_type());
-  return {grad_value, grad_sampling_locations, grad_attention_weights};
+  if (half && zeroed_sums) grads.value = torch::stable::to(grads.value, dtype);
+  if (reference_needs_grad) {
+    // Over the heads.
+    grads.reference_points = torch::stable::to(
+        torch::stable::sum(*grads.reference_points, torch::headeronly::IntHeaderOnlyArrayRef({2})),
+        inputs.reference_points->scalar_type());
+  }
+  return grads;
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------------------- the ops
+
+Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+               const Tensor& sampling_locations, const Tensor& attention_weights,
+               const std::optional<std::vector<int64_t>>& points_per_level, bool nearest) {
+  Inputs inputs{value,
+                spatial_shapes,
+                level_start_index,
+                sampling_locations,
+                attention_weights,
+                points_per_level,
+                nearest};
+  return allocate_and_forward(inputs);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+    const Tensor& sampling_locations, const Tensor& attention_weights, const Tensor& grad_output,
+    const std::optional<std::vector<int64_t>>& points_per_level, bool nearest,
+    bool deterministic) {
+  Inputs inputs{value,
+                spatial_shapes,
+                level_start_index,
+                sampling_locations,
+                attention_weights,
+                points_per_level,
+                nearest};
+  const Gradients grads = allocate_and_backward(inputs, grad_output, deterministic);
+  return {grads.value, grads.sampling_locations, grads.attention_weights};
+}
+
+Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
+                     const Tensor& level_start_index, const Tensor& reference_points,
+                     const Tensor& sampling_offsets, const Tensor& attention_logits,
+                     const std::optional<std::vector<int64_t>>& points_per_level, bool nearest,
+                     double offset_scale) {
+  Inputs inputs{value,
+                spatial_shapes,
+                level_start_index,
+                sampling_offsets,
+                attention_logits,
+                points_per_level,
+                nearest,
+                reference_points,
+                offset_scale};
+  return allocate_and_forward(inputs);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
+    const Tensor& grad_output, const std::optional<std::vector<int64_t>>& points_per_level,
+    bool nearest, double offset_scale, bool reference_needs_grad, bool deterministic) {
+  Inputs inputs{value,
+                spatial_shapes,
+                level_start_index,
+                sampling_offsets,
+                attention_logits,
+                points_per_level,
+                nearest,
+                reference_points,
+                offset_scale};
+  const Gradients grads = allocate_and_backward(inputs, grad_output, deterministic, reference_needs_grad);
+  return {grads.value,
+          grads.reference_points ? *grads.reference_points
+                                 : torch::stable::new_empty(reference_points, {0}),
+          grads.sampling_locations, grads.attention_weights};
 }
 
 }  // namespace ms_deform_attn

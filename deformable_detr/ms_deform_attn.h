@@ -18,9 +18,9 @@ struct Params {
   int64_t queries;
   int32_t heads;
   int32_t levels;
-  int32_t points;            // of one (batch, query, head), over all levels
-  int32_t points_per_level;  // the same in each level, or 0: see level_points
-  int32_t channels;          // per head; heads * channels is below 2^28
+  int32_t points;                           // of one (batch, query, head), over all levels
+  int32_t points_per_level;                 // the same in each level, or 0: see level_points
+  int32_t channels;                         // per head; heads * channels is below 2^28
   int32_t level_points[kMaxUnequalLevels];  // of each level, where points_per_level is 0
   Method method;
 
@@ -28,24 +28,38 @@ struct Params {
   DType value_dtype;      // also of output, grad_output
   DType locations_dtype;  // value_dtype, or f32 beside a half value
   DType weights_dtype;    // likewise
+  DType reference_dtype;  // likewise
   bool shapes_int64;      // else int32
   bool starts_int64;      // else int32
+
+  // Fused: sampling_locations holds the sampling offsets, attention_weights the logits, of which
+  // the weights are the softmax over the points. See offset_extents.
+  int32_t reference_levels;       // levels, or 1: the same reference point for each level
+  int32_t reference_coordinates;  // 2: (x, y), or 4: (x, y, width, height)
+  double offset_scale;            // for 4 coordinates
 
   const void* value;               // [batch, spatial_size, heads, channels]
   const void* spatial_shapes;      // [levels, 2] as (height, width)
   const void* level_start_index;   // [levels]
   const void* sampling_locations;  // [batch, queries, heads, points, 2] as (x, y)
   const void* attention_weights;   // [batch, queries, heads, points]
+  const void* reference_points;    // [batch, queries, reference_levels, reference_coordinates], or
+                                   // null: not fused
   void* output;                    // [batch, queries, heads, channels]
 };
 
 struct BackwardParams : Params {
   const void* grad_output;  // [batch, queries, heads, channels]
 
-  void* scratch;  // cuda::backward_scratch_bytes(params) bytes
+  bool deterministic;       // sums in a fixed order (the CPU's always are)
+
+  // Of value's dtype, and every element is written, unless cuda::backward_needs says otherwise.
   void* grad_value;               // [batch, spatial_size, heads, channels]
   void* grad_sampling_locations;  // as sampling_locations
   void* grad_attention_weights;   // as attention_weights
+  void* grad_reference_points;    // [batch, queries, heads, reference_levels,
+                                  // reference_coordinates] of acc_t, or null: not wanted
+  void* scratch;                  // see cuda::backward_needs
 };
 
 // An element of the level metadata.
@@ -64,6 +78,24 @@ MSDA_HOST_DEVICE int32_t points_of_level(const Params& p, int32_t level) {
   return p.points_per_level > 0 ? p.points_per_level : p.level_points[level];
 }
 
+// How far a sampling offset of one moves a point, in pixels. Beside reference points with 2
+// coordinates offsets are pixels; beside 4 they are shares of the reference box:
+// location = (x, y) + offset / points_of_level * (width, height) * offset_scale.
+template <typename acc_t>
+struct Extents {
+  Exact<acc_t> x, y;
+};
+
+template <typename acc_t>
+MSDA_HOST_DEVICE Extents<acc_t> offset_extents(const Params& p, int32_t level_index,
+                                               const Level& level, acc_t box_width,
+                                               acc_t box_height) {
+  if (p.reference_coordinates == 2) return {{1, 0}, {1, 0}};
+  const double scale = p.offset_scale / points_of_level(p, level_index);
+  return {multiply(box_width, exact<acc_t>(scale * level.width)),
+          multiply(box_height, exact<acc_t>(scale * level.height))};
+}
+
 // The backends read and write nothing outside their tensors, whatever the level metadata and the
 // locations hold: a level that does not fit into spatial_size contributes zero. There is at least
 // one point, and something to compute. On a GPU they only enqueue, on `stream`; they return null,
@@ -74,8 +106,12 @@ void backward(const BackwardParams& params);
 }  // namespace cpu
 
 namespace cuda {
+struct BackwardNeeds {
+  bool zeroed_sums;       // grad_value is of acc_t, and zero on entry
+  int64_t scratch_bytes;  // at params.scratch
+};
+BackwardNeeds backward_needs(const BackwardParams& params);
 const char* forward(const Params& params, void* stream);
-int64_t backward_scratch_bytes(const Params& params);
 const char* backward(const BackwardParams& params, void* stream);
 }  // namespace cuda
 

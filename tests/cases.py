@@ -1,6 +1,6 @@
 """What the tests run: the only list of dtypes, of tolerances and of problem sizes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -23,6 +23,7 @@ class Case:
     locations: "uniform" in [-0.1, 1.1]; "encoder", a query at every pixel centre plus an offset of
     a few pixels; "centres", exactly on pixel centres; "edges", exactly on pixel edges; "corner",
     within two pixels of the bottom-right corner; "far", mostly many pixels outside.
+    points_per_level: where levels differ; else each has `points`.
     """
 
     name: str
@@ -33,6 +34,26 @@ class Case:
     channels: int = 16
     points: int = 4
     locations: str = "uniform"
+    points_per_level: tuple[int, ...] | None = None
+    method: str = "bilinear"
+
+    @property
+    def options(self) -> dict:
+        options = {} if self.method == "bilinear" else {"method": self.method}
+        if self.points_per_level:
+            options["points_per_level"] = list(self.points_per_level)
+        return options
+
+    @property
+    def numbers_of_points(self) -> list[int]:
+        return list(self.points_per_level or [self.points] * len(self.shapes))
+
+    @property
+    def points_shape(self) -> tuple[int, ...]:
+        """Of the attention weights; the locations have one dimension more."""
+        if self.points_per_level:
+            return self.batch, self.queries, self.heads, sum(self.points_per_level)
+        return self.batch, self.queries, self.heads, len(self.shapes), self.points
 
     @property
     def pixels(self) -> int:
@@ -58,13 +79,59 @@ CASES = [
     Case("centres_334", ((200, 334),), queries=200, heads=1, channels=8, locations="centres"),
     Case("edges_334", ((200, 334),), queries=200, heads=1, channels=8, locations="edges"),
     Case("far_outside", locations="far", queries=100),
+    Case("d_fine", ((20, 27), (10, 14), (5, 7)), queries=40, heads=8, channels=32,
+         points_per_level=(3, 6, 3)),
+    Case("levels_without_points", ((3, 4), (5, 7), (1, 2), (4, 4)), points_per_level=(0, 5, 0, 1)),
+    Case("listed_but_equal", channels=32, points_per_level=(4, 4)),
+    Case("many_unequal", ((2, 3),) * 32, channels=8, points_per_level=(1, 2) * 16),
+    Case("nearest", ((20, 27), (10, 14), (5, 7)), queries=40, heads=8, channels=32,
+         method="nearest"),
+    Case("nearest_odd_channels", channels=30, method="nearest"),
+    Case("nearest_edges", ((200, 334),), queries=200, heads=1, channels=8, locations="edges",
+         method="nearest"),
+    Case("nearest_far", locations="far", queries=100, method="nearest"),
+    Case("nearest_d_fine", ((9, 14), (5, 7), (3, 4)), channels=32, points_per_level=(3, 6, 3),
+         method="nearest"),
 ]  # fmt: skip
 SMALL = Case("small")
 
 
 @dataclass
-class Inputs:
-    """The operator's five tensors, and a grad_output to go with them."""
+class Problem:
+    """An operator's tensors in their order, a grad_output to go with them, and its options."""
+
+    @property
+    def args(self) -> tuple[torch.Tensor, ...]:
+        names = [f.name for f in fields(self) if f.name not in ("grad_output", "options")]
+        return tuple(getattr(self, name) for name in names)
+
+    def differentiable(self) -> list[torch.Tensor]:
+        return [tensor for tensor in self.args if tensor.is_floating_point()]
+
+    def gradient_names(self) -> list[str]:
+        return [
+            f"grad_{f.name}" for f in fields(self)
+            if any(getattr(self, f.name) is tensor for tensor in self.differentiable())
+        ]  # fmt: skip
+
+    def require_grad(self):
+        for tensor in self.differentiable():
+            tensor.requires_grad_()
+        return self
+
+    def double(self):
+        """Float64 copies of the stored values."""
+
+        def copy(tensor):
+            return tensor.detach().double() if tensor.is_floating_point() else tensor
+
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "options"}
+        return replace(self, **{name: copy(tensor) for name, tensor in tensors.items()})
+
+
+@dataclass
+class Inputs(Problem):
+    """Of ms_deform_attn."""
 
     value: torch.Tensor
     spatial_shapes: torch.Tensor
@@ -72,32 +139,21 @@ class Inputs:
     sampling_locations: torch.Tensor
     attention_weights: torch.Tensor
     grad_output: torch.Tensor
+    options: dict = field(default_factory=dict)
 
-    @property
-    def args(self) -> tuple[torch.Tensor, ...]:
-        return (
-            self.value,
-            self.spatial_shapes,
-            self.level_start_index,
-            self.sampling_locations,
-            self.attention_weights,
-        )
 
-    def differentiable(self) -> list[torch.Tensor]:
-        return [self.value, self.sampling_locations, self.attention_weights]
+@dataclass
+class FusedInputs(Problem):
+    """Of fused_ms_deform_attn."""
 
-    def require_grad(self) -> "Inputs":
-        for tensor in self.differentiable():
-            tensor.requires_grad_()
-        return self
-
-    def double(self) -> "Inputs":
-        """Float64 copies of the stored values."""
-
-        def copy(tensor):
-            return tensor.detach().double() if tensor.is_floating_point() else tensor
-
-        return Inputs(*map(copy, (*self.args, self.grad_output)))
+    value: torch.Tensor
+    spatial_shapes: torch.Tensor
+    level_start_index: torch.Tensor
+    reference_points: torch.Tensor
+    sampling_offsets: torch.Tensor
+    attention_logits: torch.Tensor
+    grad_output: torch.Tensor
+    options: dict = field(default_factory=dict)
 
 
 def level_tensors(shapes, device="cpu", dtype=torch.int64):
@@ -106,21 +162,31 @@ def level_tensors(shapes, device="cpu", dtype=torch.int64):
     return spatial_shapes, (areas.cumsum(0) - areas).to(dtype)
 
 
+def _widths_heights(case: Case) -> torch.Tensor:
+    """(points over all levels, 2): the size of each point's level."""
+    sizes = torch.tensor([[w, h] for h, w in case.shapes], dtype=torch.float64)
+    return sizes.repeat_interleave(torch.tensor(case.numbers_of_points), 0)
+
+
+def _centres(case: Case) -> torch.Tensor:
+    """(pixels, 2): the centre of every level's every pixel."""
+    return torch.cat(
+        [
+            torch.cartesian_prod(
+                (torch.arange(h).double() + 0.5) / h, (torch.arange(w).double() + 0.5) / w
+            ).flip(-1)
+            for h, w in case.shapes
+        ]
+    )
+
+
 def _locations(case: Case, generator: torch.Generator) -> torch.Tensor:
-    size = (case.batch, case.queries, case.heads, len(case.shapes), case.points, 2)
-    widths_heights = torch.tensor([[w, h] for h, w in case.shapes]).double().view(-1, 1, 2)
+    widths_heights = _widths_heights(case)
+    size = (case.batch, case.queries, case.heads, *widths_heights.shape)
     uniform = torch.rand(size, generator=generator, dtype=torch.float64)
     if case.locations == "encoder":
-        centres = torch.cat(
-            [
-                torch.cartesian_prod(
-                    (torch.arange(h).double() + 0.5) / h, (torch.arange(w).double() + 0.5) / w
-                ).flip(-1)
-                for h, w in case.shapes
-            ]
-        )
         offsets = torch.randn(size, generator=generator, dtype=torch.float64) * 2
-        return centres.view(1, case.queries, 1, 1, 1, 2) + offsets / widths_heights
+        return _centres(case).view(1, case.queries, 1, 1, 2) + offsets / widths_heights
     if case.locations == "centres":
         return ((uniform * widths_heights).floor() + 0.5) / widths_heights
     if case.locations == "edges":
@@ -139,19 +205,53 @@ def make_inputs(case, dtype, device="cpu", locations_dtype=None, weights_dtype=N
     def normal(*size):
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
-    levels = len(case.shapes)
     value = normal(case.batch, case.pixels, case.heads, case.channels)
-    locations = _locations(case, generator)
-    logits = normal(case.batch, case.queries, case.heads, levels * case.points)
-    weights = logits.softmax(-1).view(*logits.shape[:3], levels, case.points)
+    locations = _locations(case, generator).view(*case.points_shape, 2)
+    weights = normal(*case.points_shape[:3], sum(case.numbers_of_points)).softmax(-1)
     grad_output = normal(case.batch, case.queries, case.heads * case.channels)
     return Inputs(
         value.to(device, dtype),
         *level_tensors(case.shapes, device),
         locations.to(device, locations_dtype or dtype),
-        weights.to(device, weights_dtype or dtype),
+        weights.view(case.points_shape).to(device, weights_dtype or dtype),
         grad_output.to(device, dtype),
+        case.options,
     )
+
+
+def make_fused_inputs(
+    case, dtype, device="cpu", coordinates=2, reference_levels=None, seed=0, **dtypes
+):
+    """The same for the fused operator; dtypes by the name of the tensor, the default is dtype.
+
+    Reference points lie in the image, offsets reach a few pixels or shares of the reference box.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    levels = len(case.shapes) if reference_levels is None else reference_levels
+    reference = torch.rand(
+        case.batch, case.queries, levels, coordinates, generator=generator, dtype=torch.float64
+    )
+    tensors = {
+        "value": normal(case.batch, case.pixels, case.heads, case.channels),
+        "reference_points": reference,
+        "sampling_offsets": normal(*case.points_shape, 2) * 2,
+        "attention_logits": normal(*case.points_shape),
+        "grad_output": normal(case.batch, case.queries, case.heads * case.channels),
+    }
+    tensors = {name: tensor.to(device, dtypes.get(name, dtype)) for name, tensor in tensors.items()}
+    return FusedInputs(
+        **tensors,
+        **dict(zip(("spatial_shapes", "level_start_index"), level_tensors(case.shapes, device))),
+        options=case.options,
+    )
+
+
+# The public operators, each with what makes its inputs.
+OPERATORS = {"ms_deform_attn": make_inputs, "fused_ms_deform_attn": make_fused_inputs}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

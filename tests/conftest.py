@@ -6,6 +6,7 @@ from pathlib import Path
 import kernels
 import pytest
 import torch
+from cases import OPERATORS
 
 REPO_ID = "org/deformable-detr"
 os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={Path(__file__).resolve().parent.parent}")
@@ -34,4 +35,10 @@ def kernel():
 
 @pytest.fixture(params=DEVICES)
 def device(request):
+    return request.param
+
+
+@pytest.fixture(params=OPERATORS)
+def operator(request):
+    """The name of a public operator; see cases.OPERATORS."""
     return request.param

@@ -1,62 +1,128 @@
-"""What PyTorch's compiler and its operator checks make of the ops."""
+"""What PyTorch's compilers, exporters and graphs, and its operator checks, make of the ops."""
+
+import shutil
 
 import pytest
 import torch
-from cases import SMALL, Case, make_inputs, relative_error
+from cases import OPERATORS, SMALL, Case, relative_error
+from torch.export import Dim
 
 
 def ops(kernel):
     return kernel.functional.ops
 
 
-@pytest.mark.kernels_ci
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_opcheck_forward(kernel, device, dtype):
-    inputs = make_inputs(SMALL, dtype, device).require_grad()
-    torch.library.opcheck(ops(kernel).ms_deform_attn_forward.default, inputs.args)
+# Each op with its inputs of a Problem.
+def forward_args(operator, inputs):
+    fused = operator == "fused_ms_deform_attn"
+    return (*inputs.args, None, False, 0.5) if fused else inputs.args
+
+
+def backward_args(operator, inputs):
+    fused = operator == "fused_ms_deform_attn"
+    args = (*inputs.args, inputs.grad_output)
+    return (*args, None, False, 0.5, True) if fused else args
 
 
 @pytest.mark.kernels_ci
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_opcheck_backward(kernel, device, dtype):
-    inputs = make_inputs(SMALL, dtype, device)
+def test_opcheck_forward(kernel, device, operator, dtype):
+    inputs = OPERATORS[operator](SMALL, dtype, device).require_grad()
+    op = getattr(ops(kernel), f"{operator}_forward")
+    torch.library.opcheck(op.default, forward_args(operator, inputs))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck_backward(kernel, device, operator, dtype):
+    inputs = OPERATORS[operator](SMALL, dtype, device)
     torch.library.opcheck(
-        ops(kernel).ms_deform_attn_backward.default,
-        (*inputs.args, inputs.grad_output),
+        getattr(ops(kernel), f"{operator}_backward").default,
+        backward_args(operator, inputs),
         atol=1e-3 if dtype == torch.float16 else 1e-5,
         rtol=1e-3 if dtype == torch.float16 else 1e-5,
     )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_fullgraph_forward_and_backward(kernel, device, backend):
+@pytest.mark.parametrize("name", ["d_fine", "nearest"])
+def test_opcheck_with_options(kernel, device, name):
+    options = {"d_fine": ([3, 6, 3], False), "nearest": (None, True)}[name]
+    case = Case(name, ((9, 14), (5, 7), (3, 4)), points_per_level=options[0])
+    for operator, make in OPERATORS.items():
+        inputs = make(case, torch.float32, device).require_grad()
+        scale = (0.5,) if operator == "fused_ms_deform_attn" else ()
+        op = getattr(ops(kernel), f"{operator}_forward")
+        torch.library.opcheck(op.default, (*inputs.args, *options, *scale))
+
+
+# ---------------------------------------------------------------------------------------- compile
+
+# The modes that use CUDA graphs, and max-autotune's timing of matrix products, are for the GPU.
+MODES = {
+    "cpu": ["default", "max-autotune-no-cudagraphs"],
+    "cuda": ["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"],
+}
+
+
+def training_step(kernel, operator, options):
+    function = getattr(kernel, operator)
+    return lambda *args: function(*args, **options).square().sum()
+
+
+def check_training_step(kernel, operator, device, case=SMALL, **how):
     torch._dynamo.reset()
-    inputs = make_inputs(SMALL, torch.float32, device).require_grad()
-
-    def step(*args):
-        return kernel.ms_deform_attn(*args).square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    inputs = OPERATORS[operator](case, torch.float32, device).require_grad()
+    step = training_step(kernel, operator, inputs.options)
     expected = torch.autograd.grad(step(*inputs.args), inputs.differentiable())
-    actual = torch.autograd.grad(compiled(*inputs.args), inputs.differentiable())
-    for a, b in zip(actual, expected):
-        assert relative_error(a, b.double()) < 1e-6
+    compiled = torch.compile(step, fullgraph=True, **how)
+    # A CUDA graph is recorded in the second run and replayed in the third.
+    for _ in range(3):
+        actual = torch.autograd.grad(compiled(*inputs.args), inputs.differentiable())
+        for a, b in zip(actual, expected):
+            assert relative_error(a, b.double()) < 1e-6
 
 
-def test_one_compilation_serves_any_batch_and_number_of_queries(kernel, device):
+def test_fullgraph_without_inductor(kernel, device, operator):
+    check_training_step(kernel, operator, device, backend="aot_eager")
+
+
+@pytest.mark.parametrize("mode", sorted({mode for modes in MODES.values() for mode in modes}))
+def test_fullgraph_training_step(kernel, device, operator, mode):
+    if mode not in MODES[device]:
+        pytest.skip(f"{mode} needs a GPU")
+    check_training_step(kernel, operator, device, mode=mode)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+def test_fullgraph_with_options(kernel, device, operator, method):
+    case = Case("d_fine", ((9, 14), (5, 7), (3, 4)), points_per_level=(3, 6, 3))
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda *args: kernel.ms_deform_attn(*args) * 2, fullgraph=True, backend="aot_eager"
-    )
+    inputs = OPERATORS[operator](case, torch.float32, device)
+    function = getattr(kernel, operator)
+
+    def run(*args):
+        return function(*args, points_per_level=[3, 6, 3], method=method) * 2
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs.args), run(*inputs.args))
+
+
+def test_one_compilation_serves_any_batch_and_number_of_queries(kernel, device, operator):
+    torch._dynamo.reset()
+    step = training_step(kernel, operator, {})
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
 
     def run(batch, queries):
-        inputs = make_inputs(Case("dynamic", batch=batch, queries=queries), torch.float32, device)
+        case = Case("dynamic", batch=batch, queries=queries)
+        inputs = OPERATORS[operator](case, torch.float32, device).require_grad()
         for tensor in inputs.differentiable():
             torch._dynamo.mark_dynamic(tensor, 0)
-        for tensor in (inputs.sampling_locations, inputs.attention_weights):
+        for tensor in inputs.differentiable()[1:]:
             torch._dynamo.mark_dynamic(tensor, 1)
-        output = compiled(*inputs.args)
-        assert torch.equal(output, kernel.ms_deform_attn(*inputs.args) * 2)
+        actual = torch.autograd.grad(compiled(*inputs.args), inputs.differentiable())
+        expected = torch.autograd.grad(step(*inputs.args), inputs.differentiable())
+        for a, b in zip(actual, expected):
+            assert relative_error(a, b.double()) < 1e-6
 
     run(2, 13)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -64,18 +130,130 @@ def test_one_compilation_serves_any_batch_and_number_of_queries(kernel, device):
             run(batch, queries)
 
 
-def test_cuda_graph(kernel):
+def test_checkpointing_inside_a_compiled_step(kernel, device, operator):
+    function = getattr(kernel, operator)
+    kernel_and_checkpoint = type("Checkpointed", (), {})()
+
+    def checkpointed(*args, **options):
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **options)
+
+    setattr(kernel_and_checkpoint, operator, checkpointed)
+    check_training_step(kernel_and_checkpoint, operator, device, backend="aot_eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_under_autocast(kernel, device, operator, dtype):
+    torch._dynamo.reset()
+    inputs = OPERATORS[operator](SMALL, torch.float32, device)
+    function = getattr(kernel, operator)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.autocast(device, dtype):
+        output = compiled(*inputs.args)
+        assert output.dtype == dtype and torch.equal(output, function(*inputs.args))
+    assert compiled(*inputs.args).dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------- export
+
+
+class Module(torch.nn.Module):
+    """An operator between two projections, as a model has it."""
+
+    def __init__(self, function, channels):
+        super().__init__()
+        self.function = function
+        self.project = torch.nn.Linear(channels, channels)
+        self.output = torch.nn.Linear(SMALL.heads * SMALL.channels, 5)
+
+    def forward(self, value, *args):
+        return self.output(self.function(self.project(value), *args))
+
+
+def module_and_inputs(kernel, operator, device, **sizes):
+    torch.manual_seed(0)
+    module = Module(getattr(kernel, operator), SMALL.channels).to(device).eval()
+    return module, OPERATORS[operator](Case("export", **sizes), torch.float32, device).args
+
+
+def dynamic_shapes(args):
+    """Batch and queries."""
+    batch, queries = Dim("batch", min=2, max=64), Dim("queries", min=2, max=1000)
+    levels = (None, None)
+    rest = ({0: batch, 1: queries},) * (len(args) - 3)
+    return ({0: batch}, (*levels, *rest))
+
+
+def exported(kernel, operator, device):
+    module, args = module_and_inputs(kernel, operator, device)
+    with torch.no_grad():
+        return torch.export.export(module, args, dynamic_shapes=dynamic_shapes(args))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"batch": 5, "queries": 7}], ids=str)
+def test_export_saved_and_loaded(kernel, device, operator, tmp_path, sizes):
+    torch.export.save(exported(kernel, operator, device), tmp_path / "program.pt2")
+    program = torch.export.load(tmp_path / "program.pt2")
+    assert any(f"{operator}_forward" in str(node.target) for node in program.graph.nodes)
+    module, args = module_and_inputs(kernel, operator, device, **sizes)
+    assert torch.allclose(program.module()(*args), module(*args), atol=1e-6)
+
+
+def test_aot_inductor_package(kernel, device, operator, tmp_path):
+    """The package calls the op by name, so the process that runs it must have loaded the kernel."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler here: AOTInductor needs one")
+    package = torch._inductor.aoti_compile_and_package(
+        exported(kernel, operator, device), package_path=str(tmp_path / "model.pt2")
+    )
+    run = torch._inductor.aoti_load_package(package)
+    for sizes in ({}, {"batch": 5, "queries": 7}):
+        module, args = module_and_inputs(kernel, operator, device, **sizes)
+        with torch.no_grad():
+            assert torch.allclose(run(*args), module(*args), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- CUDA graphs
+
+
+def test_cuda_graph(kernel, operator):
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    inputs = make_inputs(SMALL, torch.float32, "cuda")
-    kernel.ms_deform_attn(*inputs.args)
+    make, op = OPERATORS[operator], getattr(ops(kernel), f"{operator}_backward")
+    inputs = make(SMALL, torch.float32, "cuda")
+    function = getattr(kernel, operator)
+    function(*inputs.args)
+    op(*backward_args(operator, inputs))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = kernel.ms_deform_attn(*inputs.args)
-        grads = kernel.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)
-    inputs.value.copy_(make_inputs(SMALL, torch.float32, "cuda", seed=5).value)
+        output = function(*inputs.args)
+        grads = op(*backward_args(operator, inputs))
+    inputs.value.copy_(make(SMALL, torch.float32, "cuda", seed=5).value)
     graph.replay()
-    assert torch.equal(output, kernel.ms_deform_attn(*inputs.args))
-    expected = kernel.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)
+    assert torch.equal(output, function(*inputs.args))
+    for a, b in zip(grads, op(*backward_args(operator, inputs))):
+        assert relative_error(a, b.double()) < 1e-6
+
+
+def test_cuda_graph_of_a_training_step(kernel, operator):
+    """Through autograd: warm up on a side stream, capture, replay with other values."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    inputs = OPERATORS[operator](SMALL, torch.float32, "cuda").require_grad()
+    step = training_step(kernel, operator, {})
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(step(*inputs.args), inputs.differentiable())
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = torch.autograd.grad(step(*inputs.args), inputs.differentiable())
+    other = OPERATORS[operator](SMALL, torch.float32, "cuda", seed=5)
+    with torch.no_grad():
+        for tensor, values in zip(inputs.differentiable(), other.differentiable()):
+            tensor.copy_(values)
+    graph.replay()
+    expected = torch.autograd.grad(step(*inputs.args), inputs.differentiable())
     for a, b in zip(grads, expected):
         assert relative_error(a, b.double()) < 1e-6

@@ -1,101 +1,223 @@
 // Multi-scale deformable attention on the CPU, backward.
 //
-// Each (batch, head) is one piece of work and owns its slice of every gradient, so that nothing is
-// shared, and sums come out the same for any number of threads. Per point, the four corners' dot
-// products with grad_output give the gradients of its weight and its location; grad_output times
-// weight and share is added to the corners' grad_value.
-#include <torch/csrc/stable/ops.h>
+// Work is cut into tiles: some rows of one level's map, of one (batch, head). A thread copies its
+// tile's value into memory of its own that stays in the L2 cache, next to the tile's gradient. For
+// every point with a corner in the tile, grad_output times weight and share is added to that
+// corner's gradient there, and the dot product of grad_output and the corner's value is taken.
+// Finished, the gradient is written out: each element of grad_value once.
+//
+// The four dot products give the gradients of a point's weight and location. They belong to the
+// tile of the point's first corner; for the corners below it has a halo, a row whose value it
+// reads and whose gradient it drops. Tiles share nothing, and do not depend on the number of
+// threads, so sums come out the same for any number.
+#include <type_traits>
 
-#include <vector>
-
-#include "deformable_detr/cpu/levels.h"
-#include "deformable_detr/cpu/simd.h"
+#include "deformable_detr/cpu/work.h"
 
 namespace ms_deform_attn::cpu {
 namespace {
 
-// ------------------------------------------------------------------------------------------ kernel
+constexpr int64_t kTileBytes = 960 << 10;  // with the rest, below 1 MB a thread
+constexpr int64_t kFewestTiles = 32;       // of a call, about: for all threads to have some
+constexpr int32_t kBlockPoints = 128;
+constexpr int32_t kRegisterBytes = 64;  // the largest: tiles are the same for all
 
-// In a fixed order of sixteen partial sums, which the compiler keeps in SIMD registers.
-template <typename scalar_t>
-inline __attribute__((always_inline)) acc_t<scalar_t> dot_product(
-    const acc_t<scalar_t>* __restrict__ a, const scalar_t* __restrict__ b, int32_t channels) {
-  using acc = acc_t<scalar_t>;
-  constexpr int32_t kWidth = 16;
-  acc partial[kWidth] = {};
-  int32_t channel = 0;
-  for (; channel + kWidth <= channels; channel += kWidth) {
-    for (int32_t k = 0; k < kWidth; ++k) {
-      partial[k] += a[channel + k] * static_cast<acc>(b[channel + k]);
+struct Tile {
+  Level level;
+  int32_t first_row, last_row;
+  int32_t first_point, points;  // the level's, in a row of points
+
+  int32_t first_pixel() const { return level.start + first_row * level.width; }
+  int32_t pixels() const { return (last_row - first_row) * level.width; }
+  int32_t pixels_with_halo() const { return pixels() + (last_row < level.height) * level.width; }
+};
+
+struct Tiles {
+  int32_t padded_channels;
+  int32_t queries_of_block;  // that are looked at together
+  int32_t points_of_block;   // at most, in one level
+  int64_t blocks;            // of a batch
+  int64_t most_pixels;       // of a tile, with its halo and the pixel that stands for all elsewhere
+  std::vector<Tile> tiles;
+};
+
+// As many rows of a map as fit, but not so many that there is too little to share.
+template <typename acc>
+Tiles cut_tiles(const Params& p) {
+  constexpr int32_t lanes = kRegisterBytes / sizeof(acc);
+  Tiles result{};
+  result.padded_channels = (p.channels + lanes - 1) / lanes * lanes;
+  const int64_t pixels_that_fit = kTileBytes / (2 * sizeof(acc) * result.padded_channels) - 1;
+  const int64_t pixels_to_share = p.batch * p.heads * p.spatial_size / kFewestTiles;
+  int32_t first_point = 0, most_points = 1;
+  for (int32_t i = 0; i < p.levels; ++i) {
+    const Level level = read_level(p, i);
+    const int32_t points = points_of_level(p, i);
+    const int64_t width = std::max(1, level.width);
+    const int32_t rows = std::max<int64_t>(
+        1, std::min(pixels_that_fit / width - 1, pixels_to_share / width));  // -1: the halo
+    for (int32_t row = 0; row < level.height; row += rows) {
+      const Tile tile{level, row, std::min(row + rows, level.height), first_point, points};
+      result.most_pixels = std::max<int64_t>(result.most_pixels, tile.pixels_with_halo() + 1);
+      result.tiles.push_back(tile);
     }
+    first_point += points;
+    most_points = std::max(most_points, points);
   }
-  acc sum = 0;
-  for (; channel < channels; ++channel) sum += a[channel] * static_cast<acc>(b[channel]);
-  for (int32_t k = 0; k < kWidth; ++k) sum += partial[k];
-  return sum;
+  result.queries_of_block = std::max(1, kBlockPoints / most_points);
+  result.points_of_block = result.queries_of_block * most_points;
+  result.blocks = (p.queries + result.queries_of_block - 1) / result.queries_of_block;
+  return result;
 }
 
-// Slices [begin, end) of batch * heads.
+// What the tiles are computed from. Of the fused operator's points they take the pixels and weights
+// (see fuse_points) for locations and weights, and give the gradients of locations and weights.
+struct TileParams : BackwardParams {
+  const void* pixel_rests = nullptr;  // [batch, queries, heads, points, 2], if fused
+};
+
+// Of one batch: what the tiles take and give. In acc_t, whatever the operands' dtypes.
+template <typename acc>
+struct FusedPoints {
+  explicit FusedPoints(int64_t points)
+      : pixels(new acc[2 * points]),
+        pixel_rests(new acc[2 * points]),
+        weights(new acc[points]),
+        grad_locations(new acc[2 * points]),
+        grad_weights(new acc[points]) {}
+
+  std::unique_ptr<acc[]> pixels, pixel_rests, weights, grad_locations, grad_weights;
+};
+
+constexpr int64_t kFusedRows = 256;
+
+}  // namespace
+}  // namespace ms_deform_attn::cpu
+
+#define MSDA_KERNEL "deformable_detr/cpu/backward_kernel.h"
+#include "deformable_detr/cpu/each_capability.h"
+
+namespace ms_deform_attn::cpu {
+namespace {
+
 template <typename scalar_t>
-inline __attribute__((always_inline)) void backward_slices(const BackwardParams& p,
-                                                           const Level* levels, int64_t begin,
-                                                           int64_t end) {
+void compute_tiles(const TileParams& params) {
+  const Tiles tiles = cut_tiles<acc_t<scalar_t>>(params);
+  const int64_t points = params.batch * params.queries * params.heads * params.points;
+  prefer_huge_pages(params.grad_value, params.batch * params.spatial_size * params.heads *
+                                           params.channels * sizeof(scalar_t));
+  prefer_huge_pages(params.grad_sampling_locations, points * 2 * sizeof(scalar_t));
+  prefer_huge_pages(params.grad_attention_weights, points * sizeof(scalar_t));
+  const int64_t slices = params.batch * params.heads;
+  const Array<uint64_t> tiles_of_block(slices * tiles.blocks);
+  Work(slices * tiles.blocks).share([&](Work& work) {
+    MSDA_FOR_CAPABILITY(find_tiles<scalar_t>(params, tiles, tiles_of_block.data(), work));
+  });
+  Work(slices * tiles.tiles.size()).share([&](Work& work) {
+    MSDA_FOR_CAPABILITY(backward<scalar_t>(params, tiles, tiles_of_block.data(), work));
+  });
+}
+
+// ------------------------------------------------------------------------------------------ fused
+
+template <typename scalar_t>
+void write_element(void* data, DType dtype, int64_t index, acc_t<scalar_t> x) {
+  if (dtype == DType::f32) {
+    static_cast<float*>(data)[index] = static_cast<float>(x);
+  } else {
+    static_cast<scalar_t*>(data)[index] = static_cast<scalar_t>(x);
+  }
+}
+
+// From the gradients of a row's locations and weights to those of its offsets, logits and
+// reference points. A gradient of zero stays zero, also where an operand is not finite.
+template <typename scalar_t>
+void differentiate_row(const BackwardParams& p, int64_t row,
+                       const FusedPoints<acc_t<scalar_t>>& points, int64_t first) {
   using acc = acc_t<scalar_t>;
-  const int64_t pixel_stride = int64_t(p.heads) * p.channels;
-  std::vector<acc> grads(p.channels);
-  acc* __restrict__ grad = grads.data();
+  const acc* weight = points.weights.get() + first;
+  const acc* grad_weight = points.grad_weights.get() + first;
+  const acc* grad_location = points.grad_locations.get() + 2 * first;
+  acc* grad_reference = nullptr;
+  if (p.grad_reference_points) {
+    const int64_t size = int64_t(p.reference_levels) * p.reference_coordinates;
+    grad_reference = static_cast<acc*>(p.grad_reference_points) + row * size;
+    std::fill_n(grad_reference, size, acc(0));
+  }
+  acc mean = 0;
+  for (int32_t i = 0; i < p.points; ++i) mean += weight[i] * grad_weight[i];
 
-  for (int64_t slice = begin; slice < end; ++slice) {
-    const int64_t batch = slice / p.heads, head = slice % p.heads;
-    const int64_t origin = batch * p.spatial_size * pixel_stride + head * p.channels;
-    const scalar_t* value = static_cast<const scalar_t*>(p.value) + origin;
-    acc* grad_value = static_cast<acc*>(p.grad_value) + origin;
-
-    for (int64_t query = 0; query < p.queries; ++query) {
-      const int64_t row = (batch * p.queries + query) * p.heads + head;
-      const scalar_t* grad_output = static_cast<const scalar_t*>(p.grad_output) + row * p.channels;
-      for (int32_t channel = 0; channel < p.channels; ++channel) {
-        grad[channel] = static_cast<acc>(grad_output[channel]);
+  int32_t i = 0;
+  for (int32_t level = 0; level < p.levels; ++level) {
+    const Reference<acc> reference = read_reference<scalar_t>(p, row / p.heads, level);
+    const Level map = read_level(p, level);
+    const bool box = p.reference_coordinates == 4;
+    const acc scale = box ? acc(p.offset_scale / points_of_level(p, level)) : acc(0);
+    const acc extent[2] = {box ? scale * reference.width : acc(1) / map.width,
+                           box ? scale * reference.height : acc(1) / map.height};
+    for (const int32_t end = i + points_of_level(p, level); i < end; ++i) {
+      const int64_t point = row * p.points + i;
+      write_element<scalar_t>(p.grad_attention_weights, p.weights_dtype, point,
+                              weight[i] * (grad_weight[i] - mean));
+      for (int32_t axis = 0; axis < 2; ++axis) {
+        const acc grad = grad_location[2 * i + axis];
+        write_element<scalar_t>(p.grad_sampling_locations, p.locations_dtype, 2 * point + axis,
+                                grad == 0 ? acc(0) : grad * extent[axis]);
+        if (!grad_reference || grad == 0) continue;
+        grad_reference[axis] += grad;
+        if (!box) continue;
+        grad_reference[2 + axis] +=
+            grad * scale *
+            read_element<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point + axis);
       }
-      const auto differentiate_point = [&](int64_t point, acc weight, const Corners<acc>& corners,
-                                           const Level& level) {
-        acc dot[4] = {0, 0, 0, 0};
-        for (int corner = 0; corner < 4; ++corner) {
-          if (corners.pixel[corner] == kOutside) continue;
-          const acc share = weight * corners.share(corner);
-          const int64_t offset = corners.pixel[corner] * pixel_stride;
-          acc* __restrict__ grad_pixel = grad_value + offset;
-          dot[corner] = dot_product<scalar_t>(grad, value + offset, p.channels);
-          for (int32_t channel = 0; channel < p.channels; ++channel) {
-            grad_pixel[channel] += share * grad[channel];
-          }
-        }
-        store_operand<scalar_t>(p.grad_attention_weights, p.weights_dtype, point,
-                                corners.sample(dot));
-        store_operand<scalar_t>(p.grad_sampling_locations, p.locations_dtype, 2 * point,
-                                weight * corners.d_location_x(dot, level));
-        store_operand<scalar_t>(p.grad_sampling_locations, p.locations_dtype, 2 * point + 1,
-                                weight * corners.d_location_y(dot, level));
-      };
-      for_each_point<scalar_t>(p, levels, row, differentiate_point);
     }
+    if (grad_reference && p.reference_levels > 1) grad_reference += p.reference_coordinates;
+  }
+}
+
+// Batch by batch: the points' pixels and weights, then the tiles, then the points' gradients.
+template <typename scalar_t>
+void fused_backward(const BackwardParams& params) {
+  using acc = acc_t<scalar_t>;
+  constexpr DType acc_dtype = std::is_same_v<acc, double> ? DType::f64 : DType::f32;
+  const int64_t rows = params.queries * params.heads;
+  const int64_t values = params.spatial_size * params.heads * params.channels;
+  const FusedPoints<acc> points(rows * params.points);
+  const std::vector<Level> levels = read_levels(params);
+
+  TileParams tile{params};
+  tile.batch = 1;
+  tile.locations_dtype = tile.weights_dtype = acc_dtype;
+  tile.sampling_locations = points.pixels.get();
+  tile.pixel_rests = points.pixel_rests.get();
+  tile.attention_weights = points.weights.get();
+  tile.grad_sampling_locations = points.grad_locations.get();
+  tile.grad_attention_weights = points.grad_weights.get();
+
+  for (int64_t batch = 0; batch < params.batch; ++batch) {
+    Work((rows + kFusedRows - 1) / kFusedRows).share([&](Work& work) {
+      MSDA_FOR_CAPABILITY(fuse_rows<scalar_t>(params, levels, batch * rows, rows, points, work));
+    });
+    tile.value = static_cast<const scalar_t*>(params.value) + batch * values;
+    tile.grad_value = static_cast<scalar_t*>(params.grad_value) + batch * values;
+    tile.grad_output =
+        static_cast<const scalar_t*>(params.grad_output) + batch * rows * params.channels;
+    compute_tiles<scalar_t>(tile);
+    torch::stable::parallel_for(0, rows, kFusedRows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        differentiate_row<scalar_t>(params, batch * rows + row, points, row * params.points);
+      }
+    });
   }
 }
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------- entry
-
 void backward(const BackwardParams& params) {
-  const std::vector<Level> levels = read_levels(params);
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    const auto slices = [&](int64_t begin, int64_t end) {
-      backward_slices<scalar_t>(params, levels.data(), begin, end);
-    };
-    torch::stable::parallel_for(0, params.batch * params.heads, 1, [&](int64_t begin, int64_t end) {
-      run_vectorised(slices, begin, end);
-    });
+    if (params.reference_points) return fused_backward<scalar_t>(params);
+    compute_tiles<scalar_t>(TileParams{params});
   });
 }
 

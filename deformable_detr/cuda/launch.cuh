@@ -1,8 +1,8 @@
 // How work is laid out over the GPU, the same in forward and backward.
 //
-// A team of lanes (a power of two, inside one warp) serves one (batch, query, head). Each lane owns
-// kVec adjacent channels. The geometry of the points is worked out once: each lane takes one point
-// of a stage, and leaves it in shared memory, where the whole team reads it.
+// A team of lanes (a power of two, inside one warp) serves one row: a (batch, query, head). Each
+// lane owns kVec adjacent channels. The geometry of the points is worked out once: each lane takes
+// one point of a stage, and leaves it in shared memory, where the whole team reads it.
 //
 // A block serves a tile: some adjacent queries, and as many heads as make a 128-byte line of value,
 // so that a line brought into L1 is used whole.
@@ -20,46 +20,17 @@ namespace ms_deform_attn::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kMaxLevels = 1024;
+constexpr int64_t kMaxBlocksYZ = 65535;
 
 template <typename integer_t>
 __host__ __device__ constexpr integer_t ceil_div(integer_t a, integer_t b) {
   return (a + b - 1) / b;
 }
 
-// ---------------------------------------------------------------------------------------- operands
-
-// A location or weight is stored as scalar_t or, beside a half value, as float.
-template <typename acc>
-struct Location {
-  acc x, y;
-};
-
-template <typename scalar_t>
-__device__ __forceinline__ void store_weight(const BackwardParams& p, int64_t point,
-                                             acc_t<scalar_t> x) {
-  if (p.weights_dtype == DType::f32) {
-    static_cast<float*>(p.grad_attention_weights)[point] = static_cast<float>(x);
-  } else {
-    static_cast<scalar_t*>(p.grad_attention_weights)[point] = from_acc<scalar_t>(x);
-  }
-}
-
-template <typename scalar_t>
-__device__ __forceinline__ void store_location(const BackwardParams& p, int64_t point,
-                                               const Location<acc_t<scalar_t>>& x) {
-  if (p.locations_dtype == DType::f32) {
-    const float xy[2] = {static_cast<float>(x.x), static_cast<float>(x.y)};
-    Vec<float, 2>::pack(xy).store(static_cast<float*>(p.grad_sampling_locations) + 2 * point);
-  } else {
-    const acc_t<scalar_t> xy[2] = {x.x, x.y};
-    Vec<scalar_t, 2>::pack(xy).store(static_cast<scalar_t*>(p.grad_sampling_locations) + 2 * point);
-  }
-}
-
 // ------------------------------------------------------------------------------------------ layout
 
 // How a block's threads are cut into teams, and its tile into queries and heads. kLanes lanes hold
-// a row, 16 bytes each; kSplit such groups share the points of one row.
+// a row's channels, 16 bytes each; kSplit such groups share the points of one row.
 template <int kLanes, int kSplit>
 struct Layout {
   static constexpr int kTeam = kLanes * kSplit;
@@ -80,7 +51,7 @@ struct Layout {
   }
 };
 
-// What this thread's team serves.
+// The row that this thread's team serves.
 struct Work {
   int64_t batch, query;
   int64_t row;  // (batch * queries + query) * heads + head
@@ -88,6 +59,10 @@ struct Work {
   int32_t points;  // to serve: none for a team without a row, in the last tile
 
   __device__ __forceinline__ bool active() const { return points > 0; }
+  // In the order of reference_points.
+  __device__ __forceinline__ int64_t query_row(const Params& p) const {
+    return active() ? batch * p.queries + query : 0;
+  }
 };
 
 template <typename Layout>
@@ -104,49 +79,50 @@ __device__ __forceinline__ Work find_work(const Params& p, int64_t tile) {
   return work;
 }
 
-// Where the queries are the pixels (an encoder), neighbouring queries sample neighbouring pixels:
-// the queries of a level are served in strips of kStrip rows, column after column, so that the tile
-// of a block is about square and its samples meet in L1.
-constexpr int kForwardStrip = 4;
-
-__device__ __forceinline__ bool queries_are_pixels(const Params& p) {
+// Where the queries are the pixels (an encoder), neighbouring queries sample neighbouring pixels.
+// Their levels can be served in strips of kRows rows, column after column, so that a block's tile is
+// about square and its samples meet.
+__host__ __device__ __forceinline__ bool queries_are_pixels(const Params& p) {
   return p.queries == p.spatial_size;
 }
 
-template <int kStrip>
-__device__ __forceinline__ void follow_strips(const Params& p, const Level* levels, Work& work) {
-  if (!work.active()) return;
+template <int kRows>
+__device__ __forceinline__ int64_t query_in_strips(const Params& p, const Level* levels,
+                                                   int64_t query) {
   int32_t first = 0;
   for (int32_t l = 0; l < p.levels; ++l) {
     const Level level = levels[l];
     const int32_t pixels = level.height * level.width;
-    if (pixels > p.queries - first) return;  // bad metadata
-    const int32_t index = static_cast<int32_t>(work.query) - first;
+    if (pixels > p.queries - first) break;  // bad metadata
+    const int32_t index = static_cast<int32_t>(query) - first;
     if (index < pixels) {
-      const int32_t strip = index / (level.width * kStrip);
-      const int32_t in_strip = index - strip * level.width * kStrip;
-      const int32_t rows = min(kStrip, level.height - strip * kStrip);
-      const int32_t column = rows == kStrip ? in_strip / kStrip : in_strip / rows;
-      const int32_t row = strip * kStrip + in_strip - column * rows;
-      const int32_t query = first + row * level.width + column;
-      work.row += (query - work.query) * p.heads;
-      work.query = query;
-      return;
+      const int32_t strip = index / (level.width * kRows);
+      const int32_t in_strip = index - strip * level.width * kRows;
+      const int32_t rows = min(kRows, level.height - strip * kRows);
+      const int32_t column = rows == kRows ? in_strip / kRows : in_strip / rows;
+      const int32_t row = strip * kRows + in_strip - column * rows;
+      return first + row * level.width + column;
     }
     first += pixels;
   }
+  return query;
 }
 
-// The table of levels, in shared memory. The block's threads load() it to registers, may load other
-// things meanwhile, and store() it for all.
+// ------------------------------------------------------------------------------------------ levels
+
+// Fills the table of levels, in shared memory. A block's threads load() it to registers, may load
+// other things meanwhile, and store() it for all.
 struct LevelLoader {
   Level level;
+
   __device__ __forceinline__ void load(const Params& p) {
     if (threadIdx.x < p.levels) level = read_level(p, threadIdx.x);
   }
   __device__ __forceinline__ void store(const Params& p, Level* table) {
     if (threadIdx.x < p.levels) table[threadIdx.x] = level;
-    for (int i = threadIdx.x + blockDim.x; i < p.levels; i += blockDim.x) table[i] = read_level(p, i);
+    for (int i = threadIdx.x + blockDim.x; i < p.levels; i += blockDim.x) {
+      table[i] = read_level(p, i);
+    }
     __syncthreads();
   }
 };
@@ -176,12 +152,36 @@ struct PointCursor {
   }
 };
 
-// Reads a row's points, one a lane and stage, each before it is needed. kMixed: locations or weights
-// may be float beside a half value.
-template <typename scalar_t, bool kMixed>
+// ------------------------------------------------------------------------------------------ points
+
+// How points are given: in value's dtype; with locations or weights of float beside a half value;
+// or as offsets and logits, of either dtype.
+enum class Source { same, mixed, fused };
+
+template <typename acc>
+struct Location {
+  acc x, y;
+};
+
+// A row's softmax: weight = exp(logit - largest) * scale.
+template <typename acc>
+struct Softmax {
+  acc largest, scale;
+};
+
+// Element `index` of a tensor stored as scalar_t or, beside a half value, as float.
+template <typename scalar_t>
+__device__ __forceinline__ acc_t<scalar_t> load_operand(const void* data, DType dtype,
+                                                        int64_t index) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
+  return to_acc(static_cast<const scalar_t*>(data)[index]);
+}
+
+// Reads points as they are stored, each before it is needed.
+template <typename scalar_t, Source kSource>
 struct PointReader {
   using acc = acc_t<scalar_t>;
-  static constexpr bool kHalf = !std::is_same_v<scalar_t, acc>;
+  static constexpr bool kMixed = kSource != Source::same && !std::is_same_v<scalar_t, acc>;
 
   // The next point to read is number `point` of the row.
   __device__ __forceinline__ void start(const Params& p, int64_t row, int32_t point) {
@@ -189,29 +189,31 @@ struct PointReader {
     location_at_ = static_cast<const char*>(p.sampling_locations) + index * location_bytes(p);
     weight_at_ = static_cast<const char*>(p.attention_weights) + index * weight_bytes(p);
   }
+  __device__ __forceinline__ void skip(const Params& p, int32_t points) {
+    location_at_ += points * location_bytes(p);
+    weight_at_ += points * weight_bytes(p);
+  }
+  // What is read is not converted yet, as that would wait for it.
   __device__ __forceinline__ void read_location(const Params& p) {
-    // Not converted here, as that would wait for it.
     if (float_locations(p)) {
       if constexpr (kMixed) float_location_ = Vec<float, 2>::load(at<float>(location_at_));
     } else {
       location_ = Vec<scalar_t, 2>::load(at<scalar_t>(location_at_));
     }
   }
-  __device__ __forceinline__ void read(const Params& p, bool active) {
-    if (!active) return;
-    read_location(p);
+  __device__ __forceinline__ void read_weight(const Params& p) {
     if (float_weights(p)) {
       if constexpr (kMixed) float_weight_ = Vec<float, 1>::load(at<float>(weight_at_));
     } else {
       weight_ = Vec<scalar_t, 1>::load(at<scalar_t>(weight_at_));
     }
   }
-  __device__ __forceinline__ void skip(const Params& p, int32_t points) {
-    location_at_ += points * location_bytes(p);
-    weight_at_ += points * weight_bytes(p);
+  __device__ __forceinline__ void read(const Params& p) {
+    read_location(p);
+    read_weight(p);
   }
 
-  // What was read.
+  // The location, or fused the offset.
   __device__ __forceinline__ Location<acc> location(const Params& p) const {
     acc xy[2];
     location_.unpack(xy);
@@ -220,7 +222,8 @@ struct PointReader {
     }
     return {xy[0], xy[1]};
   }
-  __device__ __forceinline__ acc weight(const Params& p) const {
+  // The weight, or fused the logit.
+  __device__ __forceinline__ acc stored_weight(const Params& p) const {
     acc x[1];
     weight_.unpack(x);
     if constexpr (kMixed) {
@@ -228,12 +231,16 @@ struct PointReader {
     }
     return x[0];
   }
+  __device__ __forceinline__ acc weight(const Params& p, const Softmax<acc>& softmax) const {
+    if constexpr (kSource != Source::fused) return stored_weight(p);
+    return std::exp(stored_weight(p) - softmax.largest) * softmax.scale;
+  }
 
  private:
   const char *location_at_, *weight_at_;
   Vec<scalar_t, 2> location_;
   Vec<scalar_t, 1> weight_;
-  Vec<float, kMixed ? 2 : 1> float_location_;
+  Vec<float, 2> float_location_;
   Vec<float, 1> float_weight_;
 
   template <typename T>
@@ -254,77 +261,161 @@ struct PointReader {
   }
 };
 
+// A query's reference point for a level; its box where it has one.
+template <typename acc>
+struct Reference {
+  acc x, y, width, height;
+};
+
+template <typename scalar_t>
+__device__ __forceinline__ Reference<acc_t<scalar_t>> read_reference(const Params& p,
+                                                                     int64_t query_row,
+                                                                     int32_t level) {
+  const int64_t index = (query_row * p.reference_levels + (p.reference_levels > 1 ? level : 0)) *
+                        p.reference_coordinates;
+  const auto number = [&](int i) {
+    return load_operand<scalar_t>(p.reference_points, p.reference_dtype, index + i);
+  };
+  const bool box = p.reference_coordinates == 4;
+  return {number(0), number(1), box ? number(2) : 0, box ? number(3) : 0};
+}
+
+// The corners of a point that was read.
+template <typename scalar_t, Source kSource>
+__device__ __forceinline__ Corners<acc_t<scalar_t>> place(
+    const Params& p, const Location<acc_t<scalar_t>>& location, int64_t query_row,
+    int32_t level_index, const Level& level) {
+  using acc = acc_t<scalar_t>;
+  if constexpr (kSource != Source::fused) {
+    return Corners<acc>(location.x, location.y, level, p.method);
+  } else {
+    const Reference<acc> reference = read_reference<scalar_t>(p, query_row, level_index);
+    const Extents<acc> extents =
+        offset_extents<acc>(p, level_index, level, reference.width, reference.height);
+    return Corners<acc>(
+        Coordinate<acc>(offset_pixel(reference.x, level.width, location.x, extents.x)),
+        Coordinate<acc>(offset_pixel(reference.y, level.height, location.y, extents.y)), level,
+        p.method);
+  }
+}
+
+// The softmax over a row's points, by its team of kTeam lanes. The whole warp takes part.
+template <typename scalar_t, int kTeam>
+__device__ __forceinline__ Softmax<acc_t<scalar_t>> find_softmax(const Params& p, int64_t row) {
+  using acc = acc_t<scalar_t>;
+  const auto logit = [&](int32_t point) {
+    return load_operand<scalar_t>(p.attention_weights, p.weights_dtype, row * p.points + point);
+  };
+  const int lane = threadIdx.x % kTeam;
+  acc largest = -INFINITY, sum = 0;
+  for (int32_t i = lane; i < p.points; i += kTeam) largest = max(largest, logit(i));
+#pragma unroll
+  for (int offset = 1; offset < kTeam; offset *= 2) {
+    largest = max(largest, __shfl_xor_sync(0xffffffff, largest, offset));
+  }
+  for (int32_t i = lane; i < p.points; i += kTeam) sum += std::exp(logit(i) - largest);
+#pragma unroll
+  for (int offset = 1; offset < kTeam; offset *= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
+  return {largest, 1 / sum};
+}
+
 // A number for each corner of a point.
 template <typename acc>
 struct alignas(4 * sizeof(acc)) PerCorner {
   acc corner[4];
 };
 
+// ---------------------------------------------------------------------------------------- pixels
+
 // Finds rows of a tensor like value by pixel. Vectors are counted in 32 bits, so that an address is
 // one multiply-add; fits() tells whether that is enough. Single elements are counted in 64 bits.
 template <typename scalar_t, int kVec>
 struct Rows {
-  static __host__ __device__ bool fits(const Params& p) {
+  static bool fits(const Params& p) {
     return kVec == 1 || p.spatial_size * p.heads * p.channels / kVec <= INT32_MAX;
   }
+  // Negative for a pixel outside.
   static __device__ __forceinline__ int32_t offset(const Params& p, int32_t pixel) {
     return kVec == 1 ? pixel : pixel * (p.heads * p.channels / kVec);
   }
-  static __device__ __forceinline__ const scalar_t* at(const Params& p, const scalar_t* origin,
-                                                       int32_t offset) {
+  static __device__ __forceinline__ int4 offsets(const Params& p, const int32_t (&pixel)[4]) {
+    return make_int4(offset(p, pixel[0]), offset(p, pixel[1]), offset(p, pixel[2]),
+                     offset(p, pixel[3]));
+  }
+  template <typename element_t>
+  static __device__ __forceinline__ element_t* at(const Params& p, element_t* origin,
+                                                  int32_t offset) {
     if constexpr (kVec == 1) {
       return origin + int64_t(offset) * (p.heads * p.channels);
     } else {
-      struct alignas(sizeof(scalar_t) * kVec) Vector {
-        scalar_t x[kVec];
-      };
-      return reinterpret_cast<const scalar_t*>(reinterpret_cast<const Vector*>(origin) + offset);
+      return origin + int64_t(offset) * kVec;
     }
   }
 };
 
 // ------------------------------------------------------------------------------------------ launch
 
-// Launches a kernel over all tiles (x), groups of heads (y) and batches (z; as many launches as it
-// takes). Returns null, or the error.
-template <typename Layout, typename ParamsType, typename... Arguments>
-const char* launch(void (*kernel)(ParamsType, Arguments...), const ParamsType& p, void* stream,
-                   int tiles_per_block, Arguments... arguments) {
+// Launches a kernel over groups of tiles (x), groups of heads (y) and batches (z; as many launches
+// as it takes). Returns null, or the error.
+template <typename ParamsType, typename... Arguments>
+const char* launch(void (*kernel)(ParamsType, Arguments...), ParamsType p, int64_t blocks_x,
+                   int64_t blocks_y, int threads, int64_t shared_memory, bool overlap_previous,
+                   void* stream, Arguments... arguments) {
   if (p.levels > kMaxLevels) return "spatial_shapes has too many levels, expected at most 1024";
-  constexpr int64_t kMaxBlocksYZ = 65535;
-  const int64_t tiles = ceil_div<int64_t>(ceil_div<int64_t>(p.queries, Layout::kTileQueries), tiles_per_block);
-  const int64_t head_groups = ceil_div(p.heads, Layout::kTileHeads);
-  if (tiles > INT32_MAX) return "sampling_locations has too many queries, expected below 2^31";
-  if (head_groups > kMaxBlocksYZ) return "value has too many heads, expected at most 65535";
-  for (ParamsType part = p; part.first_batch < p.batch; part.first_batch += kMaxBlocksYZ) {
-    const int64_t batches = std::min(p.batch - part.first_batch, kMaxBlocksYZ);
-    const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(head_groups),
-                      static_cast<unsigned>(batches));
-    kernel<<<blocks, kThreads, p.levels * sizeof(Level), static_cast<cudaStream_t>(stream)>>>(part, arguments...);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (blocks_x > INT32_MAX) return "sampling_locations has too many queries, expected below 2^31";
+  if (blocks_y > kMaxBlocksYZ) return "value has too many heads, expected at most 65535";
+  for (; p.first_batch < p.batch; p.first_batch += kMaxBlocksYZ) {
+    const int64_t batches = std::min(p.batch - p.first_batch, kMaxBlocksYZ);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y),
+                          static_cast<unsigned>(batches));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_memory;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = overlap_previous ? 1 : 0;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p, arguments...);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // so that it is not found by whoever asks next
+      return cudaGetErrorString(error);
+    }
   }
   return nullptr;
 }
 
-// with_mixed<scalar_t>(p, [&](auto mixed) { ... mixed.value ... }): whether locations or weights are
-// float beside a half value.
-template <typename scalar_t, typename Function>
-auto with_mixed(const Params& p, Function&& function) {
-  if constexpr (!std::is_same_v<scalar_t, acc_t<scalar_t>>) {
-    if (p.locations_dtype != p.value_dtype || p.weights_dtype != p.value_dtype) {
-      return function(std::true_type{});
-    }
-  }
-  return function(std::false_type{});
+// The tiles of a layout: how many blocks, where each serves `tiles` of them.
+template <typename Layout>
+int64_t tile_blocks(const Params& p, int tiles) {
+  return ceil_div<int64_t>(ceil_div<int64_t>(p.queries, Layout::kTileQueries), tiles);
+}
+template <typename Layout>
+int64_t head_blocks(const Params& p) {
+  return ceil_div(p.heads, Layout::kTileHeads);
 }
 
-// with_lanes<2>(n, [&](auto lanes) { ... lanes.value ... }): the power of two from 2 to 32 at or
-// above n, as a constant.
-template <int kMin, typename Function>
+// with_source<scalar_t>(p, [&](auto source) { ... source.value ... }): how the points are given.
+template <typename scalar_t, typename Function>
+auto with_source(const Params& p, Function&& function) {
+  if (p.reference_points) {
+    return function(std::integral_constant<Source, Source::fused>{});
+  }
+  if constexpr (!std::is_same_v<scalar_t, acc_t<scalar_t>>) {
+    if (p.locations_dtype != p.value_dtype || p.weights_dtype != p.value_dtype) {
+      return function(std::integral_constant<Source, Source::mixed>{});
+    }
+  }
+  return function(std::integral_constant<Source, Source::same>{});
+}
+
+// with_lanes<2, 32>(n, [&](auto lanes) { ... lanes.value ... }): the power of two from 2 to 32 at or
+// above n (or 32), as a constant.
+template <int kMin, int kMax, typename Function>
 auto with_lanes(int64_t n, Function&& function) {
-  if constexpr (kMin < 32) {
-    if (n > kMin) return with_lanes<kMin * 2>(n, std::forward<Function>(function));
+  if constexpr (kMin < kMax) {
+    if (n > kMin) return with_lanes<kMin * 2, kMax>(n, std::forward<Function>(function));
   }
   return function(std::integral_constant<int, kMin>{});
 }

@@ -1,10 +1,11 @@
-"""Multi-scale deformable attention as functions, and what PyTorch must know of the native ops."""
+"""Multi-scale deformable attention as functions."""
 
-from typing import List
+from typing import List, Optional
 
 import torch
 
-from ._ops import add_op_namespace_prefix, ops
+from . import registrations  # noqa: F401
+from ._ops import ops
 
 
 def ms_deform_attn(
@@ -13,12 +14,16 @@ def ms_deform_attn(
     level_start_index: torch.Tensor,
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
+    *,
+    points_per_level: Optional[List[int]] = None,
+    method: str = "bilinear",
 ) -> torch.Tensor:
     """Multi-scale deformable attention (Zhu et al., Deformable DETR, arXiv:2010.04159, eq. 3).
 
-    For every query and head, samples each level's map bilinearly at that level's points and adds
-    the samples up, each times its attention weight. Differentiable in ``value``,
-    ``sampling_locations`` and ``attention_weights``; works under ``torch.compile``.
+    For every query and head, samples each level's map at that level's points and adds the samples
+    up, each times its attention weight. Differentiable in ``value``, ``sampling_locations`` and
+    ``attention_weights``; works under ``torch.compile``. Under ``torch.autocast``, ``value`` is
+    cast to the autocast dtype; locations and weights stay as they are.
 
     Args:
         value: (batch, sum(h*w), heads, channels), float32, float16, bfloat16 or float64; the
@@ -31,17 +36,102 @@ def ms_deform_attn(
             not clamped: pixel = location * size - 0.5. A corner outside its map contributes zero;
             so does a point whose x or y is NaN or infinite, and its gradient is zero.
         attention_weights: (batch, queries, heads, levels, points), dtype as for the locations.
+        points_per_level: the number of points of each level, where levels differ (D-FINE,
+            arXiv:2410.13842: [3, 6, 3]). The locations are then (batch, queries, heads,
+            sum(points_per_level), 2), level after level, and the weights (batch, queries, heads,
+            sum(points_per_level)). Numbers that differ go with up to 32 levels.
+        method: "bilinear", or "nearest" (RT-DETRv2, arXiv:2407.17140, its "discrete" sampling):
+            the pixel (floor(x * width + 0.5), floor(y * height + 0.5)), moved into the map, in the
+            place of four; the locations' gradient is then zero.
 
     Returns:
         (batch, queries, heads * channels) in ``value``'s dtype. Sums are float32 for half types.
 
     Raises:
-        RuntimeError: an argument's shape, dtype or device does not fit, or the level metadata (if
-            it is on the CPU) does not describe ``value``; the message names the argument.
+        RuntimeError: an argument's shape, dtype or device does not fit, the level metadata (if it
+            is on the CPU) does not describe ``value``, or ``points_per_level`` not the locations;
+            the message names the argument.
+        ValueError: ``method`` is unknown.
     """
     return ops.ms_deform_attn_forward(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+        _autocast(value),
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        points_per_level,
+        _is_nearest(method),
     )
+
+
+def fused_ms_deform_attn(
+    value: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    level_start_index: torch.Tensor,
+    reference_points: torch.Tensor,
+    sampling_offsets: torch.Tensor,
+    attention_logits: torch.Tensor,
+    *,
+    points_per_level: Optional[List[int]] = None,
+    method: str = "bilinear",
+    offset_scale: float = 0.5,
+) -> torch.Tensor:
+    """``ms_deform_attn`` with the softmax and the location arithmetic inside.
+
+    Takes what the two linear layers of a deformable attention module give (Deformable DETR,
+    arXiv:2010.04159; RT-DETR; D-FINE), so that neither locations nor weights are ever stored.
+    Differentiable in ``value``, ``reference_points``, ``sampling_offsets`` and
+    ``attention_logits``. Compilation and autocast: as for ``ms_deform_attn``.
+
+    Args:
+        value, spatial_shapes, level_start_index: as for ``ms_deform_attn``.
+        reference_points: (batch, queries, levels, 2) as (x, y), a fraction of the image: location
+            = (x, y) + offset / (width, height) of the level, so that offsets are in pixels. Or
+            (batch, queries, levels, 4) as (x, y, w, h): location = (x, y) + offset / points of
+            the level * (w, h) * ``offset_scale``. One level in the place of all is for each.
+            ``value``'s dtype or float32 beside a half ``value``, as offsets and logits.
+        sampling_offsets: (batch, queries, heads, levels, points, 2) as (x, y).
+        attention_logits: (batch, queries, heads, levels, points). The attention weights are their
+            softmax over all points of a (batch, query, head), in float32 or better.
+        points_per_level, method: as for ``ms_deform_attn``; with ``points_per_level`` the offsets
+            are (batch, queries, heads, sum(points_per_level), 2) and the logits (batch, queries,
+            heads, sum(points_per_level)).
+        offset_scale: for reference points with 4 coordinates.
+
+    Returns:
+        (batch, queries, heads * channels) in ``value``'s dtype.
+
+    Raises:
+        RuntimeError, ValueError: as for ``ms_deform_attn``, or ``reference_points`` have neither 2
+            nor 4 coordinates.
+    """
+    return ops.fused_ms_deform_attn_forward(
+        _autocast(value),
+        spatial_shapes,
+        level_start_index,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        points_per_level,
+        _is_nearest(method),
+        offset_scale,
+    )
+
+
+def _is_nearest(method: str) -> bool:
+    if method not in ("bilinear", "nearest"):
+        raise ValueError(f"method is {method!r}, expected 'bilinear' or 'nearest'")
+    return method == "nearest"
+
+
+def _autocast(value: torch.Tensor) -> torch.Tensor:
+    """value in the dtype that autocast gives the inputs of a matrix product."""
+    if not isinstance(value, torch.Tensor) or value.dtype == torch.float64:
+        return value
+    device = value.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return value
+    return value.to(torch.get_autocast_dtype(device))
 
 
 def ms_deform_attn_forward(
@@ -86,37 +176,12 @@ def ms_deform_attn_backward(
     """
     return list(
         ops.ms_deform_attn_backward(
-            value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output
+            value,
+            spatial_shapes,
+            level_start_index,
+            sampling_loc,
+            attn_weight,
+            grad_output,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
     )
-
-
-@torch.library.register_fake(add_op_namespace_prefix("ms_deform_attn_forward"))
-def _forward_fake(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-    batch, _, heads, channels = value.shape
-    return value.new_empty(batch, sampling_locations.shape[1], heads * channels)
-
-
-@torch.library.register_fake(add_op_namespace_prefix("ms_deform_attn_backward"))
-def _backward_fake(
-    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, grad_output
-):
-    return tuple(
-        tensor.new_empty(tensor.shape) for tensor in (value, sampling_locations, attention_weights)
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_output):
-    grad_value, grad_locations, grad_weights = ops.ms_deform_attn_backward(
-        *ctx.saved_tensors, grad_output
-    )
-    return grad_value, None, None, grad_locations, grad_weights
-
-
-torch.library.register_autograd(
-    add_op_namespace_prefix("ms_deform_attn_forward"), _backward, setup_context=_setup_context
-)

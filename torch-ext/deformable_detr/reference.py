@@ -1,8 +1,10 @@
 """The eager definition of multi-scale deformable attention: the specification.
 
-Tests compare the kernels with this function in float64; benchmarks time it. It favours being
-obviously right over being fast, and runs on any device and under autograd.
+Tests compare the kernels with these functions in float64; benchmarks time them. They favour being
+obviously right over being fast, and run on any device and under autograd.
 """
+
+from typing import List, Optional
 
 import torch
 
@@ -13,12 +15,15 @@ def ms_deform_attn(
     level_start_index: torch.Tensor,
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
+    *,
+    points_per_level: Optional[List[int]] = None,
+    method: str = "bilinear",
 ) -> torch.Tensor:
     """Multi-scale deformable attention (Zhu et al., Deformable DETR, arXiv:2010.04159, eq. 3).
 
-    For every query and head, samples each level's map bilinearly at that level's points and adds
-    the samples up, each times its attention weight. Everything after the inputs is computed in
-    float64 for float64 inputs and in float32 otherwise.
+    For every query and head, samples each level's map at that level's points and adds the samples
+    up, each times its attention weight. Everything after the inputs is computed in float64 for
+    float64 inputs and in float32 otherwise.
 
     Args:
         value: (batch, sum(h*w), heads, channels); the levels' maps, flattened row by row, one
@@ -29,42 +34,115 @@ def ms_deform_attn(
             the level's width and height, not clamped: pixel = location * size - 0.5. A corner
             outside its map contributes zero; so does a point whose x or y is NaN or infinite.
         attention_weights: (batch, queries, heads, levels, points).
+        points_per_level: the number of points of each level; the locations are then (batch,
+            queries, heads, sum(points_per_level), 2) and the weights one dimension less.
+        method: "bilinear", or "nearest": the pixel (floor(x * width + 0.5), floor(y * height +
+            0.5)), moved into the map.
 
     Returns:
         (batch, queries, heads * channels) in ``value``'s dtype.
     """
+    if points_per_level is None:
+        levels, points = sampling_locations.shape[3:5]
+        points_per_level = [points] * levels
+        sampling_locations = sampling_locations.flatten(3, 4)
+        attention_weights = attention_weights.flatten(3)
+
+    dtype = _compute_dtype(value)
+    widths_heights = spatial_shapes.flip(1).to(dtype)
+    locations = sampling_locations.to(dtype).split(points_per_level, 3)
+    pixels = [location * size - 0.5 for location, size in zip(locations, widths_heights)]
+    weights = attention_weights.to(dtype).split(points_per_level, 3)
+    return _sample(value, spatial_shapes, level_start_index, pixels, weights, method)
+
+
+def fused_ms_deform_attn(
+    value: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    level_start_index: torch.Tensor,
+    reference_points: torch.Tensor,
+    sampling_offsets: torch.Tensor,
+    attention_logits: torch.Tensor,
+    *,
+    points_per_level: Optional[List[int]] = None,
+    method: str = "bilinear",
+    offset_scale: float = 0.5,
+) -> torch.Tensor:
+    """``ms_deform_attn`` after the softmax and the location arithmetic of Deformable DETR.
+
+    Args:
+        reference_points: (batch, queries, levels or 1, 2) as (x, y): location = reference +
+            offset / (width, height), the level's size; or (batch, queries, levels or 1, 4) as
+            (x, y, w, h): location = (x, y) + offset / points of the level * (w, h) *
+            offset_scale.
+        sampling_offsets: (batch, queries, heads, levels, points, 2).
+        attention_logits: (batch, queries, heads, levels, points); the attention weights are their
+            softmax over all points of a (batch, query, head).
+        The others: as for ``ms_deform_attn``, with what it says of the locations and weights true
+            of the offsets and logits.
+
+    Returns:
+        (batch, queries, heads * channels) in ``value``'s dtype.
+    """
+    if points_per_level is None:
+        levels, points = sampling_offsets.shape[3:5]
+        points_per_level = [points] * levels
+        sampling_offsets = sampling_offsets.flatten(3, 4)
+        attention_logits = attention_logits.flatten(3)
+
+    dtype = _compute_dtype(value)
+    references = reference_points.to(dtype).expand(-1, -1, len(points_per_level), -1)
+    offsets = sampling_offsets.to(dtype).split(points_per_level, 3)
+    pixels = []
+    for level, size in enumerate(spatial_shapes.flip(1).to(dtype)):
+        reference, offset = references[:, :, None, level, None], offsets[level]
+        if reference.shape[-1] == 4:
+            offset = offset / points_per_level[level] * reference[..., 2:] * offset_scale * size
+        pixels.append(reference[..., :2] * size + offset - 0.5)
+    weights = attention_logits.to(dtype).softmax(-1).split(points_per_level, 3)
+    return _sample(value, spatial_shapes, level_start_index, pixels, weights, method)
+
+
+def _compute_dtype(value):
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _sample(value, spatial_shapes, level_start_index, pixels, weights, method):
+    """The operator from each level's pixels, (batch, queries, heads, points, 2), and weights."""
     batch, _, heads, channels = value.shape
-    queries, levels, points = sampling_locations.shape[1], *sampling_locations.shape[3:5]
-    compute_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    queries = pixels[0].shape[1]
 
     # Per head a table of pixels: (batch, heads, sum(h*w), channels).
-    table = value.to(compute_dtype).permute(0, 2, 1, 3)
+    table = value.to(_compute_dtype(value)).permute(0, 2, 1, 3)
     output = table.new_zeros(batch, heads, queries, channels)
-    for level in range(levels):
-        height, width = (int(size) for size in spatial_shapes[level])
-        start = int(level_start_index[level])
-
-        # (batch, heads, queries, points) each.
-        location = sampling_locations[:, :, :, level].to(compute_dtype).transpose(1, 2)
-        weight = attention_weights[:, :, :, level].to(compute_dtype).transpose(1, 2)
-        finite = location.isfinite().all(-1, keepdim=True)
-        x, y = torch.where(finite, location, 0).unbind(-1)
-        finite = finite.squeeze(-1)
-        x = x * width - 0.5
-        y = y * height - 0.5
-        left, top = x.floor(), y.floor()
-        right_share, bottom_share = x - left, y - top
-
-        for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
-            for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
-                inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & finite
-                pixel = torch.where(inside, row * width + column, 0).long() + start
-                share = torch.where(inside, weight * row_share * column_share, 0)
-                corner = torch.gather(
-                    table, 2, pixel.flatten(2)[..., None].expand(-1, -1, -1, channels)
-                ).view(batch, heads, queries, points, channels)
-                # A corner that does not count is replaced, not multiplied by zero: 0 * inf is NaN.
-                corner = torch.where(inside[..., None], corner, 0)
-                output = output + (share[..., None] * corner).sum(3)
+    levels = zip(spatial_shapes.tolist(), level_start_index.tolist(), pixels, weights)
+    for (height, width), start, pixel, weight in levels:
+        finite = pixel.isfinite().all(-1)
+        x, y = torch.where(finite[..., None], pixel, 0).unbind(-1)
+        for row, column, share in _corners(x, y, height, width, method):
+            # (batch, heads, queries, points) each.
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & finite
+            index = torch.where(inside, row * width + column, 0).long() + start
+            share = torch.where(inside, weight * share, 0)
+            inside, index, share = (t.transpose(1, 2) for t in (inside, index, share))
+            corner = torch.gather(
+                table, 2, index.flatten(2)[..., None].expand(-1, -1, -1, channels)
+            ).view(*index.shape, channels)
+            # A corner that does not count is replaced, not multiplied by zero: 0 * inf is NaN.
+            corner = torch.where(inside[..., None], corner, 0)
+            output = output + (share[..., None] * corner).sum(3)
 
     return output.transpose(1, 2).flatten(2).to(value.dtype)
+
+
+def _corners(x, y, height, width, method):
+    """The pixels that a sample at pixel (x, y) takes, with their shares: (row, column, share)."""
+    left, top = x.floor(), y.floor()
+    if method == "nearest":
+        # floor(location * size + 0.5), moved into the map.
+        yield (top + 1).clamp(0, height - 1), (left + 1).clamp(0, width - 1), torch.ones_like(x)
+        return
+    right_share, bottom_share = x - left, y - top
+    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
+        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
+            yield row, column, row_share * column_share

@@ -1,0 +1,367 @@
+// The backward of multi-scale deformable attention on a CPU, for one instruction set: see
+// backward.cpp.
+// Each needs the one before.
+#include "deformable_detr/cpu/vector.h"
+
+#include "deformable_detr/cpu/points.h"
+
+#include "deformable_detr/cpu/fused.h"
+
+// What a thread works with; a tile's pixels are in `pixels`, see backward.cpp.
+template <typename acc>
+struct Workspace {
+  Workspace(int64_t points_of_block, bool fused, int64_t padded, int64_t pixels_of_tile)
+      : points(points_of_block, fused),
+        offset{points_of_block, points_of_block, points_of_block, points_of_block},
+        row(points_of_block),
+        touched(points_of_block),
+        owned(points_of_block),
+        dot(4 * points_of_block),
+        grad_weight(points_of_block),
+        grad_x(points_of_block),
+        grad_y(points_of_block),
+        grad_output(padded),
+        pixels(pixels_of_tile * 2 * padded) {}
+
+  Points<acc> points;
+  Array<int64_t> offset[4];  // of the corner's pixel in `pixels`
+  Array<int32_t> row;        // of the map, that the point belongs to
+  Array<int32_t> touched;    // whether a corner is in the tile
+  Array<int32_t> owned;      // whether the tile computes the point's own gradients
+  Array<acc> dot;            // per point, of grad_output and the four corners' values
+  Array<acc> grad_weight, grad_x, grad_y;
+  Array<acc> grad_output;  // of one row
+  Array<acc> pixels;       // per pixel its value, then its gradient, padded to whole registers
+};
+
+// Value of the tile's pixels into the workspace, their gradients to zero.
+template <typename scalar_t>
+MSDA_INLINE void load_tile(const scalar_t* value, int64_t pixel_stride, int32_t channels,
+                           int32_t pixels, int32_t padded, acc_t<scalar_t>* to) {
+  constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
+  for (int32_t pixel = 0; pixel < pixels; ++pixel, value += pixel_stride, to += 2 * padded) {
+    prefetch<false>(value, pixel_stride, channels);
+    int32_t c = 0;
+    for (; c + lanes <= channels; c += lanes) store(to + c, load(value + c));
+    if (c < channels) store(to + c, load(value + c, channels - c));
+    for (c = padded; c < 2 * padded; c += lanes) store(to + c, Vector<acc_t<scalar_t>>{});
+  }
+}
+
+template <typename scalar_t>
+MSDA_INLINE void store_tile(const acc_t<scalar_t>* pixels, int32_t padded, int32_t count,
+                            int64_t pixel_stride, int32_t channels, scalar_t* grad_value) {
+  constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
+  for (int32_t i = 0; i < count; ++i, grad_value += pixel_stride) {
+    const acc_t<scalar_t>* from = pixels + (2 * int64_t(i) + 1) * padded;
+    prefetch<true>(grad_value, pixel_stride, channels);
+    int32_t c = 0;
+    for (; c + lanes <= channels; c += lanes) store(grad_value + c, load(from + c));
+    if (c < channels) store(grad_value + c, load(from + c), channels - c);
+  }
+}
+
+// The row of the map that a point belongs to: that of its north corners, moved into the map. So the
+// point's corners inside the map, and its nearest pixel, are in this row and the next.
+template <bool fused, typename acc>
+MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count, int32_t* row) {
+  const acc *y = points.y.data(), *y_rest = points.y_rest.data();
+  const acc last = static_cast<acc>(height - 1);
+#pragma GCC ivdep
+  for (int32_t i = 0; i < count; ++i) {
+    const acc north = coordinate<fused>(y, y_rest, i, height).floor;
+    const acc not_below = north < last ? north : last;
+    row[i] = static_cast<int32_t>(not_below > 0 ? not_below : acc(0));
+  }
+}
+
+template <typename acc>
+MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count, int32_t* row) {
+  if (points.fused) return find_rows<true>(points, height, count, row);
+  return find_rows<false>(points, height, count, row);
+}
+
+// Where the points' corners are in the tile.
+template <typename acc>
+MSDA_INLINE void find_in_tile(const Tile& tile, int32_t padded, int32_t count,
+                              const Workspace<acc>& space) {
+  const int32_t* const pixel[4] = {space.points.pixel[0].data(), space.points.pixel[1].data(),
+                                   space.points.pixel[2].data(), space.points.pixel[3].data()};
+  int64_t* const offset[4] = {space.offset[0].data(), space.offset[1].data(),
+                              space.offset[2].data(), space.offset[3].data()};
+  int32_t *row = space.row.data(), *touched = space.touched.data(), *owned = space.owned.data();
+  find_rows(space.points, tile.level.height, count, row);
+  const uint32_t begin = tile.first_pixel(), pixels = tile.pixels_with_halo();
+  const int32_t first_row = tile.first_row, last_row = tile.last_row;
+  const int64_t stride = 2 * int64_t(padded);
+#pragma GCC ivdep
+  for (int32_t i = 0; i < count; ++i) {
+    int32_t any = 0;
+#pragma GCC unroll 4
+    for (int corner = 0; corner < 4; ++corner) {
+      const uint32_t local = static_cast<uint32_t>(pixel[corner][i]) - begin;
+      const int32_t inside = local < pixels ? 1 : 0;
+      offset[corner][i] = stride * static_cast<int32_t>(inside ? local : pixels);
+      any |= inside;
+    }
+    touched[i] = any;
+    owned[i] = (row[i] >= first_row ? 1 : 0) & (row[i] < last_row ? 1 : 0);
+  }
+}
+
+// The points [first, last) of a row: the corners' dot products, and grad_output added to the
+// corners' gradients, for `vectors` registers of channels.
+template <int32_t vectors, typename acc>
+MSDA_INLINE void visit_corners(const Workspace<acc>& space, int32_t first, int32_t last,
+                               int32_t padded, int32_t channel) {
+  constexpr int32_t lanes = kLanes<acc>;
+  Vector<acc> grad_output[vectors];
+#pragma GCC unroll 4
+  for (int32_t v = 0; v < vectors; ++v) {
+    grad_output[v] = load(space.grad_output.data() + channel + v * lanes);
+  }
+  for (int32_t i = first; i < last; ++i) {
+    if (!space.touched[i]) continue;
+    Vector<acc> dot[4] = {};
+#pragma GCC unroll 4
+    for (int corner = 0; corner < 4; ++corner) {
+      acc* value = space.pixels.data() + space.offset[corner][i] + channel;
+      acc* grad = value + padded;
+      const acc share = space.points.share[corner][i];
+#pragma GCC unroll 4
+      for (int32_t v = 0; v < vectors; ++v) {
+        dot[corner] += grad_output[v] * load(value + v * lanes);
+        store(grad + v * lanes, load(grad + v * lanes) + share * grad_output[v]);
+      }
+    }
+    add_sums(dot, &space.dot[4 * i]);
+  }
+}
+
+template <typename acc>
+MSDA_INLINE void differentiate_points(const Tile& tile, Method method, int32_t count,
+                                      const Workspace<acc>& space) {
+  const acc* dot = space.dot.data();
+  const acc *weight = space.points.weight.data(), *right = space.points.right.data(),
+            *down = space.points.down.data();
+  acc *grad_weight = space.grad_weight.data(), *grad_x = space.grad_x.data(),
+      *grad_y = space.grad_y.data();
+  const Level level = tile.level;
+  const acc moves = method == Method::bilinear ? 1 : 0;
+#pragma GCC ivdep
+  for (int32_t i = 0; i < count; ++i) {
+    Corners<acc> corners;
+    corners.right = right[i];
+    corners.down = down[i];
+    const acc corner[4] = {dot[4 * i], dot[4 * i + 1], dot[4 * i + 2], dot[4 * i + 3]};
+    grad_weight[i] = corners.sample(corner);
+    grad_x[i] = moves * weight[i] * corners.d_location_x(corner, level);
+    grad_y[i] = moves * weight[i] * corners.d_location_y(corner, level);
+  }
+}
+
+// Writes `size` points of each row, of those that the tile owns.
+template <int32_t parts, typename stored_t, typename acc>
+MSDA_INLINE void write_operand(void* tensor, const Selection& selection, int32_t size,
+                               const Workspace<acc>& space, const acc* const (&from)[parts]) {
+  constexpr bool convert = !std::is_same_v<stored_t, acc>;
+  const stored_t* packed[parts];
+  for (int32_t part = 0; part < parts; ++part) {
+    if constexpr (convert) {
+      stored_t* stored = reinterpret_cast<stored_t*>(space.points.stored[part].data());
+      for (int32_t i = 0; i < selection.rows * size; i += kLanes<acc>) {
+        store(stored + i, load(from[part] + i));
+      }
+      packed[part] = stored;
+    } else {
+      packed[part] = from[part];
+    }
+  }
+  const int64_t stride = selection.stride * parts;
+  for (int32_t row = 0; row < selection.rows; ++row) {
+    stored_t* to = static_cast<stored_t*>(tensor) + selection.first * parts + row * stride;
+    prefetch<true>(to, stride, size * parts);
+    for (int32_t i = 0; i < size; ++i) {
+      if (!space.owned[row * size + i]) continue;
+#pragma GCC unroll 2
+      for (int32_t part = 0; part < parts; ++part) {
+        to[i * parts + part] = packed[part][row * size + i];
+      }
+    }
+  }
+}
+
+template <typename scalar_t>
+MSDA_INLINE void write_points(const BackwardParams& p, const Selection& selection, int32_t size,
+                              const Workspace<acc_t<scalar_t>>& space) {
+  using acc = acc_t<scalar_t>;
+  const acc* const xy[2] = {space.grad_x.data(), space.grad_y.data()};
+  const acc* const weight[1] = {space.grad_weight.data()};
+  if (p.locations_dtype == p.value_dtype) {
+    write_operand<2, scalar_t>(p.grad_sampling_locations, selection, size, space, xy);
+  } else {
+    write_operand<2, acc>(p.grad_sampling_locations, selection, size, space, xy);
+  }
+  if (p.weights_dtype == p.value_dtype) {
+    write_operand<1, scalar_t>(p.grad_attention_weights, selection, size, space, weight);
+  } else {
+    write_operand<1, acc>(p.grad_attention_weights, selection, size, space, weight);
+  }
+}
+
+template <typename acc>
+MSDA_INLINE void set_level(const Level& level, const Points<acc>& points, int32_t count) {
+  std::fill_n(points.height.data(), count, level.height);
+  std::fill_n(points.width.data(), count, level.width);
+  std::fill_n(points.start.data(), count, level.start);
+}
+
+template <typename acc>
+MSDA_INLINE void read_rests(const TileParams& p, const Selection& selection, int32_t size,
+                            const Points<acc>& points) {
+  acc* const stored[2] = {points.stored[0].data(), points.stored[1].data()};
+  acc* const rests[2] = {points.x_rest.data(), points.y_rest.data()};
+  read_operand<2, acc>(p.pixel_rests, selection, size, stored, rests);
+}
+
+// The fused operator's pixels and weights. Takes pieces of work: kFusedRows rows of the `rows` from
+// row `first` on.
+template <typename scalar_t>
+void fuse_rows(const Params& p, const std::vector<Level>& levels, int64_t first, int64_t rows,
+               const FusedPoints<acc_t<scalar_t>>& to, Work& work) {
+  using acc = acc_t<scalar_t>;
+  const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
+  const Points<acc> points(rows_of_block * p.points, true);
+  const Fusion<acc> fusion(p, levels, rows_of_block * p.points);
+  set_levels(p, levels, rows_of_block, points);
+
+  int64_t piece;
+  while (work.take(&piece)) {
+    const int64_t end = std::min(rows, (piece + 1) * kFusedRows);
+    for (int64_t row = piece * kFusedRows; row < end; row += rows_of_block) {
+      const int32_t count = std::min<int64_t>(rows_of_block, end - row) * p.points;
+      read_points<scalar_t>(p, Selection{(first + row) * p.points, 0, 1}, count, points);
+      fuse_points<scalar_t>(p, first + row, count / p.points, fusion, points);
+      std::copy_n(points.weight.data(), count, to.weights.get() + row * p.points);
+      acc* pixels = to.pixels.get() + 2 * row * p.points;
+      acc* rests = to.pixel_rests.get() + 2 * row * p.points;
+      for (int32_t i = 0; i < count; ++i) {
+        pixels[2 * i] = points.x[i];
+        pixels[2 * i + 1] = points.y[i];
+        rests[2 * i] = points.x_rest[i];
+        rests[2 * i + 1] = points.y_rest[i];
+      }
+    }
+  }
+}
+
+// Which tiles a block of queries needs. Takes pieces of work: a block of a (batch, head) each.
+template <typename scalar_t>
+void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_block, Work& work) {
+  const Points<acc_t<scalar_t>> points(tiles.points_of_block, p.reference_points);
+  const Array<int32_t> rows_of_points(tiles.points_of_block);
+  int64_t piece;
+  while (work.take(&piece)) {
+    const int64_t head = piece % p.heads, block = piece / p.heads % tiles.blocks,
+                  batch = piece / p.heads / tiles.blocks;
+    const int64_t query = block * tiles.queries_of_block;
+    const int32_t rows = std::min<int64_t>(tiles.queries_of_block, p.queries - query);
+    const int64_t row = (batch * p.queries + query) * p.heads + head;
+    uint64_t needed = 0;
+    int32_t lowest = 0, highest = 0, seen = -1;
+    for (size_t t = 0; t < tiles.tiles.size(); ++t) {
+      const Tile& tile = tiles.tiles[t];
+      if (tile.points == 0) continue;
+      if (tile.first_point != seen) {  // another level
+        seen = tile.first_point;
+        const int32_t count = rows * tile.points;
+        const Selection selection{row * p.points + seen, int64_t(p.heads) * p.points, rows};
+        read_locations<scalar_t>(p, selection, tile.points, points);
+        if (points.fused) read_rests(p, selection, tile.points, points);
+        int32_t* row_of_point = rows_of_points.data();
+        find_rows(points, tile.level.height, count, row_of_point);
+        lowest = tile.level.height, highest = 0;
+        for (int32_t i = 0; i < count; ++i) {
+          lowest = std::min(lowest, row_of_point[i]);
+          highest = std::max(highest, row_of_point[i]);
+        }
+      }
+      const uint64_t needs = lowest < tile.last_row && highest + 1 >= tile.first_row;
+      needed |= needs << (t % 64);
+    }
+    tiles_of_block[(batch * p.heads + head) * tiles.blocks + block] = needed;
+  }
+}
+
+// Takes pieces of work: a tile of a (batch, head) each.
+template <typename scalar_t>
+void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_block, Work& work) {
+  using acc = acc_t<scalar_t>;
+  constexpr int32_t lanes = kLanes<acc>;
+  const int64_t pixel_stride = int64_t(p.heads) * p.channels;
+  const int32_t padded = tiles.padded_channels;
+  const Workspace<acc> space(tiles.points_of_block, p.reference_points, padded, tiles.most_pixels);
+
+  int64_t piece;
+  while (work.take(&piece)) {
+    const int64_t head = piece % p.heads, t = piece / p.heads % tiles.tiles.size(),
+                  batch = piece / p.heads / tiles.tiles.size();
+    const Tile& tile = tiles.tiles[t];
+    const uint64_t* needed = tiles_of_block + (batch * p.heads + head) * tiles.blocks;
+    const int64_t origin =
+        (batch * p.spatial_size + tile.first_pixel()) * pixel_stride + head * p.channels;
+    load_tile(static_cast<const scalar_t*>(p.value) + origin, pixel_stride, p.channels,
+              tile.pixels_with_halo(), padded, space.pixels.data());
+    std::fill_n(space.pixels.data() + int64_t(tile.pixels_with_halo()) * 2 * padded, 2 * padded,
+                acc(0));
+
+    set_level(tile.level, space.points, tiles.queries_of_block * tile.points);
+
+    for (int64_t block = 0; tile.points > 0 && block < tiles.blocks; ++block) {
+      if (!(needed[block] >> (t % 64) & 1)) continue;
+      const int64_t query = block * tiles.queries_of_block;
+      const int64_t row = (batch * p.queries + query) * p.heads + head;
+      const int32_t rows = std::min<int64_t>(tiles.queries_of_block, p.queries - query);
+      const Selection selection{row * p.points + tile.first_point, int64_t(p.heads) * p.points,
+                                rows};
+      const int32_t count = rows * tile.points;
+      // Told the usual number of points, the compiler has no short loops left.
+      if (tile.points == 4) {
+        read_points<scalar_t>(p, selection, 4, space.points);
+      } else {
+        read_points<scalar_t>(p, selection, tile.points, space.points);
+      }
+      if (space.points.fused) read_rests(p, selection, tile.points, space.points);
+      place_points(p.method, space.points, count);
+      find_in_tile(tile, padded, count, space);
+      std::fill_n(space.dot.data(), 4 * count, acc(0));
+
+      for (int32_t r = 0; r < rows; ++r) {
+        const int32_t first = r * tile.points, last = first + tile.points;
+        int32_t any = 0;
+        for (int32_t i = first; i < last; ++i) any |= space.touched[i];
+        if (!any) continue;
+        const scalar_t* grad_output =
+            static_cast<const scalar_t*>(p.grad_output) + (row + int64_t(r) * p.heads) * p.channels;
+        prefetch<false>(grad_output, pixel_stride, p.channels);
+        load_tile(grad_output, 0, p.channels, 1, 0, space.grad_output.data());
+        int32_t c = 0;
+        for (; c + 4 * lanes <= padded; c += 4 * lanes) {
+          visit_corners<4>(space, first, last, padded, c);
+        }
+        for (; c + 2 * lanes <= padded; c += 2 * lanes) {
+          visit_corners<2>(space, first, last, padded, c);
+        }
+        for (; c + lanes <= padded; c += lanes) visit_corners<1>(space, first, last, padded, c);
+      }
+      differentiate_points(tile, p.method, count, space);
+      if (tile.points == 4) {
+        write_points<scalar_t>(p, selection, 4, space);
+      } else {
+        write_points<scalar_t>(p, selection, tile.points, space);
+      }
+    }
+    store_tile(space.pixels.data(), padded, tile.pixels(), pixel_stride, p.channels,
+               static_cast<scalar_t*>(p.grad_value) + origin);
+  }
+}

@@ -1,0 +1,42 @@
+// Compiles the file MSDA_KERNEL once per instruction set, each in a namespace of its own.
+//
+// Flags on the command line could not do this: build.toml has none per machine. Nor could a target
+// attribute on a function that the kernel is inlined into: by then the compiler has cut the
+// kernel's vectors into the small ones of the command line's target.
+//
+// No include guard: each .cpp file includes it for its kernel.
+#include "deformable_detr/cpu/capability.h"
+
+namespace ms_deform_attn::cpu::portable {
+#define MSDA_VECTOR_BYTES 16
+#define MSDA_F16C 0
+#include MSDA_KERNEL
+#undef MSDA_VECTOR_BYTES
+#undef MSDA_F16C
+}  // namespace ms_deform_attn::cpu::portable
+
+#if MSDA_X86_LEVELS
+
+#define MSDA_F16C 1
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace ms_deform_attn::cpu::avx2 {
+#define MSDA_VECTOR_BYTES 32
+#include MSDA_KERNEL
+#undef MSDA_VECTOR_BYTES
+}  // namespace ms_deform_attn::cpu::avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+namespace ms_deform_attn::cpu::avx512 {
+#define MSDA_VECTOR_BYTES 64
+#include MSDA_KERNEL
+#undef MSDA_VECTOR_BYTES
+}  // namespace ms_deform_attn::cpu::avx512
+#pragma GCC pop_options
+
+#undef MSDA_F16C
+
+#endif

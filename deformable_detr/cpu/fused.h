@@ -1,0 +1,101 @@
+// The fused operator's points: from reference points, offsets and logits, for one instruction set.
+//
+// No include guard: included once per instruction set.
+
+// ---------------------------------------------------------------------------------------- softmax
+
+// exp(x) of x <= 0, to two units in the last place (Cephes' polynomial).
+MSDA_INLINE float exponential(float x) {
+  constexpr float kLog2 = 1.44269504088896341f, kHigh = 0.693359375f, kLow = -2.12194440e-4f;
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  const float shifted = x * kLog2 + kRound;
+  const float power = shifted - kRound;
+  const float r = (x - power * kHigh) - power * kLow;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1;
+  const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127;
+  const float result = y * bit_cast<float>(static_cast<uint32_t>(exponent) << 23);
+  return x < -87 ? 0.f : result;
+}
+MSDA_INLINE double exponential(double x) { return std::exp(x); }
+
+// Of each row's `size` numbers, in place.
+template <typename acc>
+MSDA_INLINE void softmax(acc* x, int32_t rows, int32_t size) {
+  for (int32_t row = 0; row < rows; ++row) {
+    acc* of_row = x + row * size;
+    acc largest = of_row[0];
+    for (int32_t i = 1; i < size; ++i) largest = std::max(largest, of_row[i]);
+#pragma GCC ivdep
+    for (int32_t i = 0; i < size; ++i) of_row[i] -= largest;
+  }
+#pragma GCC ivdep
+  for (int32_t i = 0; i < rows * size; ++i) x[i] = exponential(x[i]);
+  for (int32_t row = 0; row < rows; ++row) {
+    acc* of_row = x + row * size;
+    acc sum = 0;
+    for (int32_t i = 0; i < size; ++i) sum += of_row[i];
+#pragma GCC ivdep
+    for (int32_t i = 0; i < size; ++i) of_row[i] /= sum;
+  }
+}
+
+// ----------------------------------------------------------------------------------------- pixels
+
+// Each point's reference point, and the extent of its offset in pixels.
+template <typename acc>
+struct Fusion {
+  Fusion(const Params& p, const std::vector<Level>& levels, int64_t capacity)
+      : levels(levels),
+        reference{capacity, capacity},
+        extent{capacity, capacity},
+        extent_rest{capacity, capacity} {}
+
+  const std::vector<Level>& levels;
+  Array<acc> reference[2], extent[2], extent_rest[2];  // x and y
+};
+
+// Of the points of whole rows, from row `first` on, whose offsets and logits have been read: x and
+// y become pixels, with x_rest and y_rest what rounding took from them; weight becomes the softmax.
+template <typename scalar_t>
+MSDA_INLINE void fuse_points(const Params& p, int64_t first, int32_t rows,
+                             const Fusion<acc_t<scalar_t>>& fusion,
+                             const Points<acc_t<scalar_t>>& points) {
+  using acc = acc_t<scalar_t>;
+  int32_t i = 0;
+  for (int32_t row = 0; row < rows; ++row) {
+    for (int32_t level = 0; level < p.levels; ++level) {
+      const Reference<acc> reference = read_reference<scalar_t>(p, (first + row) / p.heads, level);
+      const Extents<acc> extents =
+          offset_extents<acc>(p, level, fusion.levels[level], reference.width, reference.height);
+      for (const int32_t end = i + points_of_level(p, level); i < end; ++i) {
+        fusion.reference[0][i] = reference.x;
+        fusion.reference[1][i] = reference.y;
+        fusion.extent[0][i] = extents.x.rounded;
+        fusion.extent[1][i] = extents.y.rounded;
+        fusion.extent_rest[0][i] = extents.x.rest;
+        fusion.extent_rest[1][i] = extents.y.rest;
+      }
+    }
+  }
+  const int32_t* const size[2] = {points.width.data(), points.height.data()};
+  acc* const at[2] = {points.x.data(), points.y.data()};
+  acc* const rest[2] = {points.x_rest.data(), points.y_rest.data()};
+  for (int32_t axis = 0; axis < 2; ++axis) {
+    const acc* reference = fusion.reference[axis].data();
+    const acc *extent = fusion.extent[axis].data(), *extent_rest = fusion.extent_rest[axis].data();
+#pragma GCC ivdep
+    for (int32_t k = 0; k < i; ++k) {
+      const Exact<acc> pixel = offset_pixel(reference[k], size[axis][k], at[axis][k],
+                                            Exact<acc>{extent[k], extent_rest[k]});
+      at[axis][k] = pixel.rounded;
+      rest[axis][k] = pixel.rest;
+    }
+  }
+  softmax(points.weight.data(), rows, p.points);
+}

@@ -1,0 +1,177 @@
+"""The CPU kernels' own matters: instruction sets, threads, processes and memory."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, Case, make_inputs
+
+TESTS = Path(__file__).parent
+MEGABYTE = 2**20
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def run(kernel, inputs):
+    """Output and gradients."""
+    output = kernel.ms_deform_attn(*inputs.args)
+    return [output, *kernel.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)]
+
+
+def same(results, others):
+    return all(torch.equal(a, b) for a, b in zip(results, others))
+
+
+def python(script: str, **environment: str) -> str:
+    """What a process prints that runs the script with the tests' helpers at hand."""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=TESTS,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_instruction_sets(capability):
+    """The comparisons with the reference, in a process that is held to an instruction set.
+
+    One that the processor does not have is lowered to the next that it has.
+    """
+    cases = "pyramid or encoder or channels_30 or channels_3 or channels_71 or thin_maps or far"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_operator.py",
+         "-k", f"(test_matches_reference or float_weights) and cpu and ({cases} or mixed)"],
+        cwd=TESTS,
+        env={**os.environ, "MSDA_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
+
+
+THREAD_CASES = [
+    Case("threads", ((12, 17), (6, 9)), queries=90, heads=3, channels=32),
+    Case("one_map", ((100, 167),), batch=1, queries=700, heads=1, channels=8),
+    Case("encoder", ((60, 80), (30, 40)), batch=1, queries=6000, heads=2, channels=32,
+         locations="encoder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", THREAD_CASES, ids=lambda case: case.name)
+def test_repeats_bit_for_bit_with_any_number_of_threads(kernel, set_threads, case, dtype):
+    inputs = make_inputs(case, dtype)
+    results = []
+    for number in (1, 2, 3, 1):
+        set_threads(number)
+        results.append(run(kernel, inputs))
+    assert all(same(result, results[0]) for result in results[1:])
+
+
+def test_callers_may_have_threads_of_their_own(kernel, set_threads):
+    set_threads(2)
+    inputs = make_inputs(THREAD_CASES[0], torch.float32)
+    expected = run(kernel, inputs)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: run(kernel, inputs), range(16)))
+    assert all(same(result, expected) for result in results)
+
+
+def test_set_num_threads_is_honoured():
+    """Threads that take part in a call are started by it, and stay."""
+    script = """
+import os
+import torch
+from cases import Case, make_inputs
+from conftest import KERNEL
+
+inputs = make_inputs(Case("any", ((60, 80),), queries=2000, heads=8, channels=32), torch.float32)
+KERNEL.ms_deform_attn  # loaded
+for number in (1, 3):
+    torch.set_num_threads(number)
+    before = len(os.listdir("/proc/self/task"))
+    KERNEL.ms_deform_attn(*inputs.args)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("threads are counted in /proc")
+    assert python(script, OMP_NUM_THREADS="1").split() == ["0", "2"]
+
+
+class Calls(torch.utils.data.Dataset):
+    """Items computed with the kernel, as a dataset's transformation would."""
+
+    def __init__(self, kernel, inputs):
+        self.kernel, self.inputs = kernel, inputs
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return run(self.kernel, self.inputs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
+def test_works_in_a_data_loader_worker(kernel, set_threads):
+    set_threads(2)
+    inputs = make_inputs(THREAD_CASES[0], torch.float32)
+    expected = run(kernel, inputs)  # threads are there when the workers are forked
+    loader = torch.utils.data.DataLoader(
+        Calls(kernel, inputs),
+        batch_size=None,
+        num_workers=2,
+        timeout=60,
+        multiprocessing_context="fork",
+    )
+    results = list(loader)
+    assert len(results) == 4 and all(same(result, expected) for result in results)
+    assert same(run(kernel, inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_memory_beyond_the_results_is_a_megabyte_a_thread(dtype):
+    """Peak resident memory of a call, less its results."""
+    script = f"""
+import torch
+from cases import Case, make_inputs
+from conftest import KERNEL
+
+def kilobytes(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+torch.set_num_threads(2)
+case = Case("any", ((100, 167), (50, 84)), batch=1, queries=4000, heads=8, channels=32)
+inputs = make_inputs(case, torch.{dtype})
+small = make_inputs(Case("small", ((4, 5),), queries=1, heads=1), torch.{dtype})
+
+def call(inputs):
+    output = KERNEL.ms_deform_attn(*inputs.args)
+    return [output, *KERNEL.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)]
+
+call(small)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = kilobytes("VmRSS")
+results = call(inputs)
+peak = (kilobytes("VmHWM") - before) * 1024
+print(peak - sum(result.nbytes for result in results))
+"""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("memory is measured in /proc")
+    beyond = int(python(script))
+    # Two threads, and another megabyte for what they and the allocator round up.
+    assert beyond < 3 * MEGABYTE, f"{beyond / MEGABYTE:.1f} MB"

@@ -1,0 +1,260 @@
+"""The fused operator: against the float64 reference, and what it is told apart from the plain one.
+
+tests/test_transforms.py and tests/test_compile.py run both operators.
+"""
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    HALF_DTYPES,
+    SMALL,
+    Case,
+    make_fused_inputs,
+    make_inputs,
+    relative_error,
+)
+from test_contract import misaligned, strided, transposed
+from test_operator import check_against_reference
+
+SHAPES = ((20, 27), (10, 14), (5, 7))
+CASES = [
+    Case("pyramid", SHAPES, queries=40, heads=8, channels=32),
+    Case("odd_channels", channels=30, heads=3),
+    Case("wide", ((100, 167), (200, 334)), queries=100, heads=2, channels=8),
+    Case("thin_maps", ((1, 1), (1, 9), (8, 1), (3, 3), (2, 1), (1, 2)), heads=3, points=3),
+    Case("twelve_points", heads=16, points=12),
+    Case("many_points", points=40, channels=8),
+    Case("d_fine", SHAPES, queries=40, heads=8, channels=32, points_per_level=(3, 6, 3)),
+    Case("levels_without_points", ((3, 4), (5, 7), (1, 2)), points_per_level=(0, 5, 0)),
+    Case("nearest", SHAPES, queries=40, heads=8, channels=32, method="nearest"),
+    Case("nearest_d_fine", SHAPES, queries=40, channels=16, points_per_level=(3, 6, 3),
+         method="nearest"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reference_levels", [None, 1], ids=["each_level", "one_for_all"])
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_reference(kernel, device, case, dtype, coordinates, reference_levels):
+    inputs = make_fused_inputs(case, dtype, device, coordinates, reference_levels)
+    check_against_reference(kernel, inputs)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference_on_a_pyramid(kernel, device, dtype, coordinates):
+    case = Case("pyramid", ((9, 14), (5, 7), (3, 4)), queries=40, heads=8, channels=32)
+    inputs = make_fused_inputs(case, dtype, device, coordinates, seed=1)
+    inputs.options = {"offset_scale": 0.25}
+    check_against_reference(kernel, inputs)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("float32", range(8))
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_float_operands_beside_a_half_value(kernel, device, dtype, float32):
+    """Each of the three operands in value's dtype or float32."""
+    names = ("reference_points", "sampling_offsets", "attention_logits")
+    dtypes = {name: torch.float32 for i, name in enumerate(names) if float32 >> i & 1}
+    case = Case("mixed", channels=32)
+    check_against_reference(kernel, make_fused_inputs(case, dtype, device, 4, **dtypes))
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("points_per_level", [None, (3, 1)])
+def test_gradcheck(kernel, device, coordinates, points_per_level):
+    case = Case("gradcheck", ((4, 5), (2, 3)), batch=2, queries=3, channels=3, points=2,
+                points_per_level=points_per_level)  # fmt: skip
+    inputs = make_fused_inputs(case, torch.float64, device, coordinates).require_grad()
+    value, shapes, starts, *rest = inputs.args
+
+    def operator(value, *rest):
+        return kernel.fused_ms_deform_attn(value, shapes, starts, *rest, **inputs.options)
+
+    assert torch.autograd.gradcheck(operator, (value, *rest), nondet_tol=0.0)
+
+
+def test_equals_softmax_and_locations_and_ms_deform_attn(kernel, device):
+    """As transformers' DeformableDetrMultiscaleDeformableAttention writes them."""
+    inputs = make_fused_inputs(SMALL, torch.float64, device)
+    value, shapes, starts, reference, offsets, logits = inputs.args
+    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    sizes = torch.stack([shapes[:, 1], shapes[:, 0]], -1)
+    locations = reference[:, :, None, :, None, :] + offsets / sizes[None, None, None, :, None, :]
+    expected = kernel.ms_deform_attn(value, shapes, starts, locations, weights)
+    assert relative_error(kernel.fused_ms_deform_attn(*inputs.args), expected) < 1e-12
+
+    boxes = torch.cat([reference, reference.flip(-1)], -1)
+    locations = (
+        boxes[:, :, None, :, None, :2]
+        + offsets / SMALL.points * boxes[:, :, None, :, None, 2:] * 0.5
+    )
+    expected = kernel.ms_deform_attn(value, shapes, starts, locations, weights)
+    output = kernel.fused_ms_deform_attn(value, shapes, starts, boxes, offsets, logits)
+    assert relative_error(output, expected) < 1e-12
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_one_input_at_a_time_may_require_grad(kernel, device, index):
+    inputs = make_fused_inputs(SMALL, torch.float32, device, 4).require_grad()
+    output = kernel.fused_ms_deform_attn(*inputs.args)
+    expected = torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output)
+    inputs = make_fused_inputs(SMALL, torch.float32, device, 4)
+    inputs.differentiable()[index].requires_grad_()
+    kernel.fused_ms_deform_attn(*inputs.args).backward(inputs.grad_output)
+    for i, tensor in enumerate(inputs.differentiable()):
+        if i == index:
+            assert relative_error(tensor.grad, expected[i].double()) < 1e-6
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("layout", [strided, transposed, misaligned])
+def test_any_layout(kernel, device, layout):
+    inputs = make_fused_inputs(Case("layout", channels=32), torch.float16, device, 4)
+    expected = kernel.fused_ms_deform_attn(*inputs.args)
+    args = [layout(tensor) if tensor.dim() > 1 else tensor for tensor in inputs.args]
+    assert torch.equal(kernel.fused_ms_deform_attn(*args), expected)
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"queries": 0}, {"points": 0}, {"channels": 0}])
+def test_nothing_to_do(kernel, device, sizes):
+    inputs = make_fused_inputs(Case("empty", **sizes), torch.float32, device).require_grad()
+    output = kernel.fused_ms_deform_attn(*inputs.args)
+    assert output.abs().sum() == 0
+    output.sum().backward()
+    for tensor in inputs.differentiable():
+        assert tensor.grad.shape == tensor.shape and not tensor.grad.any()
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_points_nowhere_contribute_nothing(kernel, device, bad, coordinates):
+    """Their softmax weight is lost, and no gradient is NaN."""
+    case = Case("nowhere", channels=32)
+    inputs = make_fused_inputs(case, torch.float32, device, coordinates).require_grad()
+    with torch.no_grad():
+        inputs.sampling_offsets[:, ::3, :, :, 1, 0] = bad
+        inputs.reference_points[:, 1::3, 0, 1] = bad
+    output = kernel.fused_ms_deform_attn(*inputs.args)
+    expected = kernel.reference.fused_ms_deform_attn(*inputs.double().args)
+    assert relative_error(output.detach(), expected) < 1e-5
+    output.backward(inputs.grad_output)
+    assert all(tensor.grad.isfinite().all() for tensor in inputs.differentiable())
+    assert not inputs.sampling_offsets.grad[:, ::3, :, :, 1].any()
+    assert not inputs.reference_points.grad[:, 1::3, 0].any()
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_softmax_of_large_logits(kernel, device, shift):
+    inputs = make_fused_inputs(SMALL, torch.float32, device)
+    inputs.attention_logits = (inputs.attention_logits * 8).round() + shift
+    inputs.attention_logits[:, :, :, 0, 0] = -float("inf")
+    inputs.require_grad()
+    reference = inputs.double().require_grad()
+    output = kernel.fused_ms_deform_attn(*inputs.args)
+    expected = kernel.reference.fused_ms_deform_attn(*reference.args)
+    assert relative_error(output.detach(), expected.detach()) < 2e-6
+    grads = torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output)
+    expected = torch.autograd.grad(expected, reference.differentiable(), reference.grad_output)
+    for grad, wanted in zip(grads, expected):
+        assert relative_error(grad, wanted) < 2e-6
+
+
+# ------------------------------------------------------------------------------------------ refused
+
+
+def bad_reference(change):
+    inputs = make_fused_inputs(SMALL, torch.float32)
+    inputs.reference_points = change(inputs.reference_points)
+    return inputs, {}
+
+
+# name: (fused inputs and options, what the message must hold)
+BAD_INPUTS = {
+    "three coordinates": (
+        lambda: bad_reference(lambda t: torch.cat([t, t[..., :1]], -1)),
+        ["reference_points", "3 coordinates", "2 (x, y) or 4"]),
+    "rank": (lambda: bad_reference(lambda t: t[:, :, 0]), ["reference_points", "(2, 13, 2)"]),
+    "queries": (lambda: bad_reference(lambda t: t[:, :5]), ["reference_points", "queries=13"]),
+    "batch": (lambda: bad_reference(lambda t: t[:1]), ["reference_points", "batch=2"]),
+    "levels": (
+        lambda: bad_reference(lambda t: t.repeat(1, 1, 2, 1)),
+        ["reference_points has 4 levels", "levels=2 or 1"]),
+    "dtype": (lambda: bad_reference(lambda t: t.double()), ["reference_points", "Double"]),
+}  # fmt: skip
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_reference_points(kernel, device, name):
+    make, expected = BAD_INPUTS[name]
+    inputs, options = make()
+    with pytest.raises(RuntimeError) as error:
+        kernel.fused_ms_deform_attn(*(tensor.to(device) for tensor in inputs.args), **options)
+    for part in expected:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sampling_offsets", "attention_logits"])
+def test_messages_name_the_fused_arguments(kernel, device, name):
+    inputs = make_fused_inputs(SMALL, torch.float32, device)
+    setattr(inputs, name, getattr(inputs, name)[0])
+    with pytest.raises(RuntimeError, match=f"^{name} has shape"):
+        kernel.fused_ms_deform_attn(*inputs.args)
+
+
+# (points_per_level, what the message must hold), for both operators. SMALL has two levels of
+# four points.
+BAD_POINTS = {
+    "sum": ([3, 4], ["points_per_level sums to 7", "expected 8"]),
+    "length": ([8], ["points_per_level has 1 numbers", "levels=2"]),
+    "longer": ([3, 4, 1], ["points_per_level has 3 numbers", "levels=2"]),
+    "negative": ([9, -1], ["points_per_level has 9 for level 0", "at most 8"]),
+    "first negative": ([-1, 9], ["points_per_level has -1 for level 0", "at least 0"]),
+}
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", BAD_POINTS)
+def test_bad_points_per_level(kernel, device, name, fused):
+    points_per_level, expected = BAD_POINTS[name]
+    case = Case("listed", points_per_level=(4, 4))
+    inputs = (make_fused_inputs if fused else make_inputs)(case, torch.float32, device)
+    function = kernel.fused_ms_deform_attn if fused else kernel.ms_deform_attn
+    with pytest.raises(RuntimeError) as error:
+        function(*inputs.args, points_per_level=points_per_level)
+    for part in [*expected, *(["sampling_"] if "numbers" not in expected[0] else [])]:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_points_per_level_needs_one_dimension_for_all_points(kernel, device, fused):
+    inputs = (make_fused_inputs if fused else make_inputs)(SMALL, torch.float32, device)
+    function = kernel.fused_ms_deform_attn if fused else kernel.ms_deform_attn
+    with pytest.raises(
+        RuntimeError, match=r"sampling_\w+ has shape .*, expected .*heads=2, points"
+    ):
+        function(*inputs.args, points_per_level=[4, 4])
+
+
+def test_unequal_points_over_too_many_levels(kernel, device):
+    case = Case("levels", ((1, 1),) * 33, points_per_level=(1,) * 32 + (2,))
+    inputs = make_inputs(case, torch.float32, device)
+    with pytest.raises(RuntimeError, match="points_per_level .* 33 levels, expected at most 32"):
+        kernel.ms_deform_attn(*inputs.args, **inputs.options)
+
+
+@pytest.mark.parametrize("method", ["discrete", "", None, 0])
+def test_unknown_method(kernel, device, method):
+    for function, inputs in (
+        (kernel.ms_deform_attn, make_inputs(SMALL, torch.float32, device)),
+        (kernel.fused_ms_deform_attn, make_fused_inputs(SMALL, torch.float32, device)),
+    ):
+        with pytest.raises(ValueError, match=f"method is {method!r}, expected 'bilinear' or"):
+            function(*inputs.args, method=method)
