@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from . import environment
 from .checks import Expected, Verdict
-from .implementations import IMPLEMENTATIONS, Operator
+from .implementations import IMPLEMENTATIONS
+from .operators import Operator
 from .timing import Effort, summarize, time_device, time_latency, timed_call
 from .workloads import WORKLOADS, make_inputs
 
@@ -57,8 +58,6 @@ class Case:
 
     def __init__(self, workload: str, dtype: str, device: torch.device):
         sizes = WORKLOADS[workload]
-        if not isinstance(sizes.points, int):
-            raise NotImplementedError(f"points is {sizes.points}, expected one for all levels")
         value_dtype, other_dtype = DTYPES[dtype]
         self.device = device
         self.inputs = make_inputs(
@@ -77,11 +76,14 @@ class Case:
             return Calls(
                 timed=lambda: backward(self.expected.grad_output),
                 checked=lambda: backward(self.expected.checked_grad_output),
-                judge=self.expected.check_gradients,
+                judge=lambda result: self.expected.check_gradients(
+                    operator.gradients(result), operator.takes_logits
+                ),
             )
+        arguments = operator.arrange(self.inputs)
 
         def forward():
-            return operator.forward(*self.inputs)
+            return operator.forward(*arguments)
 
         return Calls(timed=forward, checked=forward, judge=self.expected.check_output)
 

@@ -46,9 +46,11 @@ def _case_order(records: list[dict]):
 
 
 def _figures(record: dict, baseline: dict | None) -> tuple[str, str, str, Text]:
-    """Time, IQR, speed-up and error; a wrong answer gets no speed-up."""
+    """Time, IQR, speed-up and error; a wrong answer gets no speed-up, and sets none."""
     if record["err"] is not None:
         reason = f"{record['err']['type']}: {record['err']['msg']}".splitlines()[0]
+        if record["err"]["type"] == "Unsupported":
+            return "-", "-", "-", Text(f"unsupported: {record['err']['msg']}")
         return "-", "-", "-", Text(f"failed: {reason}", style="red")
     corr = record["corr"]
     # The tensor furthest from its tolerance; a NaN is further than any number.
@@ -59,7 +61,7 @@ def _figures(record: dict, baseline: dict | None) -> tuple[str, str, str, Text]:
     speed_up = "-"
     if not record["ok"]:
         error = Text(f"WRONG: {error} in {worst}", style="red")
-    elif baseline is not None and baseline["lat_ms"] is not None:
+    elif baseline is not None and baseline["ok"]:
         speed_up = f"{baseline['lat_ms']['p50'] / record['lat_ms']['p50']:.2f}x"
     median, iqr = record["lat_ms"]["p50"], record["lat_ms"]["iqr"]
     return format_ms(median), format_ms(iqr), speed_up, error

@@ -1,28 +1,31 @@
 """The benchmark suite, run small: what it measures, judges and records."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import benchmark, checks
+from benchmarks import benchmark, checks, implementations
 from benchmarks.__main__ import main
 from benchmarks.benchmark import Workload
 from benchmarks.implementations import (
     BASELINE,
     IMPLEMENTATIONS,
     KERNEL,
-    Implementation,
-    Operator,
     get_project_kernel,
+    grid_sample,
     seed_eager,
 )
+from benchmarks.operators import Implementation, Operator
 from benchmarks.suite import Case
 from benchmarks.table import build_table, format_ms
 from benchmarks.workloads import WORKLOADS, make_inputs, select
 
 CPU = torch.device("cpu")
+REFERENCE = checks.load_reference()
 FIELDS = "ts run impl tags wl env lat_ms compile_ms peak_bytes ok absmax corr err".split()
 LATENCY_FIELDS = "p10 p50 p90 mean iqr raw_times has_warnings reps warmup".split()
 
@@ -102,6 +105,14 @@ def test_wrong_answer_is_shown_as_wrong(run, monkeypatch, factor):
     assert len(rows) == 2 and all("WRONG" in row and "x" not in row for row in rows)
 
 
+def test_wrong_baseline_sets_no_speed_up(run, monkeypatch):
+    wrong = Operator(lambda *args: 2 * seed_eager(*args))
+    monkeypatch.setitem(IMPLEMENTATIONS, BASELINE, Implementation({}, lambda workload: wrong))
+    _, records = run("--passes", "forward")
+    assert [record["ok"] for record in records] == [False, True, True]
+    assert "x" not in "".join(line for line in render(records).splitlines() if "us" in line)
+
+
 def test_failure_is_recorded_and_survived(run, monkeypatch):
     def load(workload):
         raise MemoryError("no room\nfor this")
@@ -124,9 +135,55 @@ def test_exit_status_tells_of_our_kernel(run, monkeypatch):
     assert status == 1
 
 
-def test_unequal_points_are_recorded_as_unsupported(run):
-    _, records = run("--workloads", "dfine_decoder_b16", "--impls", BASELINE)
-    assert {record["err"]["type"] for record in records} == {"NotImplementedError"}
+class TestUnequalPoints:
+    """A workload whose levels have numbers of points of their own."""
+
+    @pytest.fixture(autouse=True)
+    def unequal(self, monkeypatch):
+        workload = Workload(2, 7, 2, 4, (3, 1), ((6, 5), (3, 2)), "decoder")
+        monkeypatch.setitem(WORKLOADS, "unequal", workload)
+        monkeypatch.setattr(checks, "load_reference", lambda: reference_by_level)
+        return workload
+
+    @pytest.mark.parametrize("function", [seed_eager, grid_sample])
+    @pytest.mark.parametrize("pass_name", ["forward", "backward"])
+    def test_baselines(self, unequal, function, pass_name):
+        case = Case("unequal", "float64", CPU)
+        shapes = {"shapes": unequal.shapes} if function is grid_sample else {}
+        operator = Operator(partial(function, points_per_level=[3, 1], **shapes))
+        calls = case.prepare(pass_name, operator)
+        assert calls.judge(calls.checked()).ok
+
+    def test_kernel_is_told_the_points(self, run, monkeypatch):
+        # With the keyword in the forward alone, autograd is the way to the gradients.
+        kernel = SimpleNamespace(
+            ms_deform_attn=reference_by_level,
+            ms_deform_attn_backward=benchmark.gradients_in_chunks,
+        )
+        monkeypatch.setattr(implementations, "get_project_kernel", lambda: kernel)
+        status, records = run("--workloads", "unequal", "--impls", KERNEL)
+        assert status == 0 and len(records) == 2 and all(record["ok"] for record in records)
+
+    def test_kernel_without_them_is_unsupported_not_wrong(self, run, monkeypatch):
+        kernel = SimpleNamespace(ms_deform_attn=lambda value: value, ms_deform_attn_backward=None)
+        monkeypatch.setattr(implementations, "get_project_kernel", lambda: kernel)
+        status, records = run("--workloads", "unequal")
+        assert status == 0
+        assert [record["ok"] for record in records] == [True] * 4 + [False] * 2
+        assert {record["err"]["type"] for record in records[4:]} == {"Unsupported"}
+        assert "unsupported: points is (3, 1)" in render(records)
+
+
+def reference_by_level(
+    value, spatial_shapes, level_start_index, locations, weights, points_per_level=None
+):
+    """The reference, called for each level with that level's points."""
+    output = 0
+    for level, points in enumerate(locations.split(points_per_level, 3)):
+        metadata = spatial_shapes[level : level + 1], level_start_index[level : level + 1]
+        weight = weights.split(points_per_level, 3)[level].unsqueeze(3)
+        output = output + REFERENCE(value, *metadata, points.unsqueeze(3), weight)
+    return output
 
 
 def test_large_workloads_are_checked_at_some_queries(monkeypatch, tiny):
