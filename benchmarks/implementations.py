@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .benchmark import Workload
 from .operators import Implementation, Operator, Unsupported, for_points_of
+from .peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = "org/deformable-detr"
@@ -151,4 +152,5 @@ IMPLEMENTATIONS = {
         {"family": "pytorch", "backend": "compiled"}, _load_grid_sample_compiled
     ),
     KERNEL: Implementation({"family": "hf-kernels", "backend": "native"}, _load_kernel),
+    **PEERS,
 }

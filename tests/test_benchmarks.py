@@ -1,6 +1,7 @@
 """The benchmark suite, run small: what it measures, judges and records."""
 
 import json
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import benchmark, checks, implementations, probe, table
+from benchmarks import benchmark, checks, implementations, peers, probe, table
 from benchmarks.__main__ import main
 from benchmarks.benchmark import Workload
 from benchmarks.implementations import (
@@ -226,6 +227,123 @@ def test_select_keeps_the_listed_order():
 )
 def test_format_ms(milliseconds, text):
     assert format_ms(milliseconds) == text
+
+
+class FakeFunction:
+    """What the peers have for a ``torch.autograd.Function``."""
+
+    def __init__(self, apply):
+        self.apply = apply
+
+
+def fake_mmcv(value, spatial_shapes, level_start_index, locations, weights, im2col_step):
+    assert im2col_step == 64
+    return REFERENCE(value, spatial_shapes, level_start_index, locations, weights)
+
+
+def fake_dcnv4(value, spatial_shapes, level_start_index, locations_and_logits, im2col_step, points):
+    assert locations_and_logits.shape == (2, 7, 2, 3 * 8) and points == 4
+    locations, logits = locations_and_logits.split((16, 8), -1)
+    locations = locations.unflatten(-1, (2, 4, 2))
+    weights = logits.float().softmax(-1).unflatten(-1, (2, 4))
+    return REFERENCE(value, spatial_shapes, level_start_index, locations, weights)
+
+
+def fake_triton(img, img_shapes, sampling_points, attention_weights, padding_mode, align_corners):
+    assert padding_mode == "zeros" and align_corners is False
+    starts = img_shapes.prod(1).cumsum(0) - img_shapes.prod(1)
+    output = REFERENCE(img, img_shapes, starts, sampling_points, attention_weights)
+    return output.unflatten(2, img.shape[2:])
+
+
+class TestPeers:
+    """The adapters to other kernels, with the operator itself in the place of each kernel."""
+
+    @pytest.fixture(autouse=True)
+    def none_there(self, monkeypatch):
+        """Takes away what this machine may have, and adds a workload that all of them offer."""
+        workload = Workload(2, 7, 2, 4, 4, ((6, 5), (3, 2)), "decoder")
+        monkeypatch.setitem(WORKLOADS, "four", workload)
+        for module in (
+            "mmcv.ops.multi_scale_deform_attn",
+            "DCNv4.functions",
+            "msda_triton.frontend",
+        ):
+            monkeypatch.setitem(sys.modules, module, None)
+
+        def get_kernel(repository, version):
+            raise OSError(f"no network to get {repository} from")
+
+        monkeypatch.setattr(peers, "get_kernel", get_kernel)
+        self.forget()
+        yield
+        self.forget()
+
+    def forget(self):
+        for peer in peers.PEERS.values():
+            peer.find.cache_clear()
+
+    @pytest.fixture
+    def all_there(self, monkeypatch):
+        kernel = SimpleNamespace(
+            ms_deform_attn_forward=fake_mmcv,
+            ms_deform_attn_backward=get_project_kernel().ms_deform_attn_backward,
+        )
+        monkeypatch.setattr(peers, "get_kernel", lambda repository, version: kernel)
+        for module, name, function in (
+            ("mmcv.ops.multi_scale_deform_attn", "MultiScaleDeformableAttnFunction", fake_mmcv),
+            ("DCNv4.functions", "FlashDeformAttnFunction", fake_dcnv4),
+        ):
+            fake = SimpleNamespace(**{name: FakeFunction(function)})
+            monkeypatch.setitem(sys.modules, module, fake)
+        fake = SimpleNamespace(triton_multiscale_deformable_attention=fake_triton)
+        monkeypatch.setitem(sys.modules, "msda_triton.frontend", fake)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float16_autocast"])
+    def test_all_there(self, all_there, run, dtype):
+        status, records = run(
+            "--workloads", "four", "--dtypes", dtype, "--impls", KERNEL, "--peers"
+        )
+        assert status == 0
+        names = [KERNEL, *peers.PEERS]
+        assert [record["impl"] for record in records] == [name for name in names for _ in "fb"]
+        for record in records:
+            if dtype == "float32" and record["impl"] == "dcnv4_flash":
+                assert record["err"]["type"] == "Unsupported"
+            else:
+                assert record["ok"], record
+        last = records[-3]["corr"].get("error", {})
+        assert dtype == "float32" or "grad_attention_logits" in last
+
+    def test_none_there(self, run):
+        status, records = run("--impls", KERNEL, "--peers", "--passes", "forward")
+        assert status == 0 and len(records) == 5 and records[4]["ok"]
+        for record in records:
+            assert list(record) == FIELDS
+        assert [record["impl"] for record in records[:4]] == list(peers.PEERS)
+        assert {record["err"]["type"] for record in records[:4]} == {"Unavailable"}
+        text = render(records)
+        assert "unavailable: no network to get kernels-community/deformable-detr from" in text
+        assert "DCNv4.functions" in text
+        assert "| tiny | float32 |" in build_markdown(records)
+
+    def test_wrong_peer_is_shown_as_wrong(self, all_there, run, monkeypatch):
+        wrong = FakeFunction(lambda *arguments: 1.1 * fake_mmcv(*arguments))
+        fake = SimpleNamespace(MultiScaleDeformableAttnFunction=wrong)
+        monkeypatch.setitem(sys.modules, "mmcv.ops.multi_scale_deform_attn", fake)
+        status, records = run("--impls", "mmcv")
+        assert status == 0 and not any(record["ok"] for record in records)
+        assert "WRONG" in render(records)
+
+    @pytest.mark.parametrize("name", ["tiny", "unequal"])
+    def test_what_a_peer_does_not_offer(self, all_there, run, monkeypatch, name):
+        workload = Workload(2, 7, 2, 4, (3, 1), ((6, 5), (3, 2)), "decoder")
+        monkeypatch.setitem(WORKLOADS, "unequal", workload)
+        monkeypatch.setattr(checks, "load_reference", lambda: reference_by_level)
+        names = list(peers.PEERS) if name == "unequal" else ["dcnv4_flash"]
+        _, records = run("--workloads", name, "--dtypes", "float16", "--impls", *names)
+        assert {record["err"]["type"] for record in records} == {"Unsupported"}
+        assert "unsupported: points is" in render(records)
 
 
 @pytest.mark.parametrize(
