@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: this kernel against eager implementations, on this machine."""
+"""``python -m benchmarks``: this kernel against eager ones and its peers, on this machine."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from . import environment
 from .implementations import BASELINE, IMPLEMENTATIONS, KERNEL
+from .peers import PEERS
 from .suite import DTYPES, PASSES, Plan, run
 from .table import build_table
 from .timing import Effort
@@ -39,7 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
                 console.width = 160
             console.print(build_table(records))
             console.print(f"Written to {out}", highlight=False, soft_wrap=True)
-    return int(any(record["impl"] == KERNEL and not record["ok"] for record in records))
+    return int(any(record["impl"] == KERNEL and _is_wrong(record) for record in records))
+
+
+def _list(names) -> str:
+    return ", ".join(names)
+
+
+def _is_wrong(record: dict) -> bool:
+    return not record["ok"] and (record["err"] or {}).get("type") != "Unsupported"
 
 
 def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
@@ -51,11 +60,12 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
             option,
             nargs="+",
             metavar="NAME",
-            help=f"names, globs or all; default: {default}; known: {', '.join(known)}",
+            help=f"names, globs or all; default: {default}; known: {_list(known)}",
         )
 
     names("--workloads", WORKLOADS, " ".join(DEFAULT_WORKLOADS))
     names("--impls", IMPLEMENTATIONS, " ".join(DEFAULT_IMPLEMENTATIONS))
+    parser.add_argument("--peers", action="store_true", help=f"and what is there of {_list(PEERS)}")
     names("--dtypes", DTYPES, "float32; on a GPU float16 and bfloat16, too")
     names("--passes", PASSES, "forward and backward; on a GPU latency, too")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
@@ -74,6 +84,9 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
     on_gpu = device.type == "cuda"
     default_dtypes = ["float32", "float16", "bfloat16"] if on_gpu else ["float32"]
     default_passes = ["all"] if on_gpu else ["forward", "backward"]
+    implementations = options.impls or DEFAULT_IMPLEMENTATIONS
+    if options.peers:
+        implementations = [*implementations, *PEERS]
     workloads = QUICK_WORKLOADS if options.quick else DEFAULT_WORKLOADS
     effort = Effort(
         reps=options.reps,
@@ -84,7 +97,7 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
     try:
         plan = Plan(
             select(options.workloads or workloads, list(WORKLOADS)),
-            select(options.impls or DEFAULT_IMPLEMENTATIONS, list(IMPLEMENTATIONS)),
+            select(implementations, list(IMPLEMENTATIONS)),
             select(options.dtypes or default_dtypes, list(DTYPES)),
             select(options.passes or default_passes, PASSES),
             device,

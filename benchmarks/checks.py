@@ -8,6 +8,7 @@ import torch
 
 from .benchmark import Inputs, Workload, gradients_in_chunks, make_grad_output
 from .implementations import ROOT
+from .operators import Gradients, for_points_of
 
 # The relative error (norm of the difference over norm of the float64 result) up to which an answer
 # counts as sound. These tell a wrong answer from rounding, of peers too; the project's own, tighter
@@ -83,7 +84,7 @@ class Expected:
             self.checked_grad_output = torch.zeros_like(self.grad_output)
             self.checked_grad_output[:, self.queries] = self.grad_output[:, self.queries]
 
-        self._reference = load_reference()
+        self._reference = for_points_of(workload, load_reference())
         value, shapes, starts, locations, weights = inputs.at(self.queries)
         self._inputs64 = Inputs(
             value.double(), shapes, starts, locations.double(), weights.double()
@@ -107,12 +108,26 @@ class Expected:
     def check_output(self, output: torch.Tensor) -> Verdict:
         return self._compare({"output": (output[:, self.queries], self.output)})
 
-    def check_gradients(self, gradients: tuple[torch.Tensor, ...]) -> Verdict:
-        """Args: gradients: of ``checked_grad_output``, of value, locations and weights."""
+    def check_gradients(self, gradients: Gradients, of_logits: bool = False) -> Verdict:
+        """Compares what a backward made of ``checked_grad_output``.
+
+        Args:
+            of_logits: the last gradient is that of logits whose softmax the weights are.
+        """
         grad_value, grad_locations, grad_weights = gradients
         actual = (grad_value, grad_locations[:, self.queries], grad_weights[:, self.queries])
-        names = ("grad_value", "grad_sampling_locations", "grad_attention_weights")
-        return self._compare(dict(zip(names, zip(actual, self.gradients))))
+        expected = self.gradients
+        names = ["grad_value", "grad_sampling_locations", "grad_attention_weights"]
+        if of_logits:
+            expected = (*expected[:2], self._of_logits(expected[2]))
+            names[2] = "grad_attention_logits"
+        return self._compare(dict(zip(names, zip(actual, expected))))
+
+    def _of_logits(self, grad_weights: torch.Tensor) -> torch.Tensor:
+        """The gradient of the softmax's input, given that of its result."""
+        weights, grad = self._inputs64.attention_weights.flatten(3), grad_weights.flatten(3)
+        mean = (weights * grad).sum(-1, keepdim=True)
+        return (weights * (grad - mean)).view_as(grad_weights)
 
     def _compare(self, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Verdict:
         errors, tolerances, absmax = {}, {}, 0.0

@@ -1,54 +1,20 @@
 """What is compared. To add an implementation, add an entry to ``IMPLEMENTATIONS``."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from kernels import get_kernel
 from torch.nn import functional as F
 
-from .benchmark import Inputs, Workload
+from .benchmark import Workload
+from .operators import Implementation, Operator, Unsupported, for_points_of
+from .peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = "org/deformable-detr"
-
-# A function of ``Inputs`` (five tensors), giving (batch, queries, heads * channels).
-Forward = Callable[..., torch.Tensor]
-
-
-class Operator(NamedTuple):
-    """An implementation, ready for one workload."""
-
-    forward: Forward
-    # A function of ``Inputs`` and grad_output; None where autograd is the way to the gradients.
-    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
-
-    def prepare_backward(self, inputs: Inputs) -> Callable[[torch.Tensor], tuple]:
-        """A function of grad_output that does the backward's work and no other.
-
-        It returns the gradients of value, sampling_locations and attention_weights. For autograd
-        the forward happens here, once, and its graph is kept.
-        """
-        if self.backward is not None:
-            return lambda grad_output: self.backward(*inputs, grad_output)
-        value, shapes, starts, locations, weights = inputs
-        leaves = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
-        output = self.forward(leaves[0], shapes, starts, leaves[1], leaves[2])
-        return lambda grad_output: torch.autograd.grad(
-            output, leaves, grad_output, retain_graph=True
-        )
-
-
-@dataclass(frozen=True)
-class Implementation:
-    tags: dict[str, str]
-    # Called for each workload; what it raises is recorded as that implementation's failure.
-    load: Callable[[Workload], Operator]
 
 
 def seed_eager(
@@ -57,25 +23,32 @@ def seed_eager(
     level_start_index: torch.Tensor,
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
+    points_per_level: list[int] | None = None,
 ) -> torch.Tensor:
     """The eager function of the kernels-benchmarks project, in substance: the baseline.
 
     Per level, the four corners are read by advanced indexing, with clamped indices and float32
     masks. Like the original it computes coordinates in the dtype of the locations, copies the
     shapes to the host, and needs finite locations.
+
+    Args:
+        points_per_level: where the levels' numbers of points differ; locations and weights then
+            have one dimension for all points, as ``benchmark.make_inputs`` says.
     """
     batch, _, heads, channels = value.shape
     queries = sampling_locations.shape[1]
     shapes = spatial_shapes.tolist()
     batch_index = torch.arange(batch, device=value.device).view(-1, 1, 1, 1)
     head_index = torch.arange(heads, device=value.device).view(1, 1, -1, 1)
+    locations = _by_level(sampling_locations, points_per_level)
+    weights = _by_level(attention_weights, points_per_level)
     output = value.new_zeros(batch, queries, heads, channels)
     for level, pixels in enumerate(value.split([h * w for h, w in shapes], dim=1)):
         height, width = shapes[level]
         pixels = pixels.reshape(batch, height, width, heads, channels)
         # (batch, queries, heads, points) each.
-        x = sampling_locations[:, :, :, level, :, 0] * width - 0.5
-        y = sampling_locations[:, :, :, level, :, 1] * height - 0.5
+        x = locations[level][..., 0] * width - 0.5
+        y = locations[level][..., 1] * height - 0.5
         left, top = x.floor().long(), y.floor().long()
         right_share, bottom_share = x - left.float(), y - top.float()
 
@@ -89,9 +62,13 @@ def seed_eager(
                 corner = pixels[batch_index, row_index, column_index, head_index]
                 corner = corner * inside.unsqueeze(-1).float()
                 sample = sample + (row_share * column_share).unsqueeze(-1) * corner
-        weight = attention_weights[:, :, :, level].unsqueeze(-1)
-        output += (sample * weight).sum(dim=3)
+        output += (sample * weights[level].unsqueeze(-1)).sum(dim=3)
     return output.flatten(2)
+
+
+def _by_level(tensor: torch.Tensor, points_per_level: list[int] | None) -> tuple[torch.Tensor, ...]:
+    """(batch, queries, heads, points, ...) of each level."""
+    return tensor.unbind(3) if points_per_level is None else tensor.split(points_per_level, 3)
 
 
 def grid_sample(
@@ -102,26 +79,28 @@ def grid_sample(
     attention_weights: torch.Tensor,
     *,
     shapes: tuple[tuple[int, int], ...],
+    points_per_level: list[int] | None = None,
 ) -> torch.Tensor:
     """The decomposition of Deformable DETR's and transformers' models: one grid_sample per level.
 
     Args:
         shapes: spatial_shapes on the host, which models have at hand.
+        points_per_level: as for ``seed_eager``.
     """
     batch, _, heads, channels = value.shape
     # Beside float32 locations, half values are promoted, as autocast promotes them.
     dtype = torch.promote_types(value.dtype, sampling_locations.dtype)
-    grids = (2 * sampling_locations - 1).to(dtype)
+    grids = _by_level((2 * sampling_locations - 1).to(dtype), points_per_level)
     samples = []
     for level, pixels in enumerate(value.split([h * w for h, w in shapes], dim=1)):
         images = pixels.permute(0, 2, 3, 1).reshape(batch * heads, channels, *shapes[level])
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        grid = grids[level].transpose(1, 2).flatten(0, 1)
         samples.append(
             F.grid_sample(
                 images.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False
             )
         )
-    # (batch * heads, channels, queries, levels * points), each times its weight.
+    # (batch * heads, channels, queries, all points), each times its weight.
     weights = attention_weights.flatten(3).transpose(1, 2).flatten(0, 1).unsqueeze(1)
     output = (torch.cat(samples, dim=-1) * weights).sum(-1)
     return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
@@ -132,7 +111,11 @@ def _load_grid_sample_compiled(workload: Workload) -> Operator:
     torch.compiler.reset()
     # Compiled backwards free what they were given; timing calls them again and again.
     torch._functorch.config.donated_buffer = False
-    return Operator(torch.compile(partial(grid_sample, shapes=workload.shapes), dynamic=False))
+    return Operator(torch.compile(_grid_sample_of(workload), dynamic=False))
+
+
+def _grid_sample_of(workload: Workload):
+    return partial(for_points_of(workload, grid_sample), shapes=workload.shapes)
 
 
 @cache
@@ -146,9 +129,11 @@ def get_project_kernel() -> ModuleType:
 
 def _load_kernel(workload: Workload) -> Operator:
     kernel = get_project_kernel()
-    return Operator(
-        kernel.ms_deform_attn, lambda *arguments: kernel.ms_deform_attn_backward(*arguments, 64)
-    )
+    forward = for_points_of(workload, kernel.ms_deform_attn)
+    try:
+        return Operator(forward, for_points_of(workload, kernel.ms_deform_attn_backward))
+    except Unsupported:
+        return Operator(forward)
 
 
 BASELINE = "seed_eager"  # speed-ups are over this one
@@ -156,14 +141,16 @@ KERNEL = "deformable_detr"
 
 IMPLEMENTATIONS = {
     BASELINE: Implementation(
-        {"family": "pytorch", "backend": "eager"}, lambda workload: Operator(seed_eager)
+        {"family": "pytorch", "backend": "eager"},
+        lambda workload: Operator(for_points_of(workload, seed_eager)),
     ),
     "grid_sample": Implementation(
         {"family": "pytorch", "backend": "eager"},
-        lambda workload: Operator(partial(grid_sample, shapes=workload.shapes)),
+        lambda workload: Operator(_grid_sample_of(workload)),
     ),
     "grid_sample_compiled": Implementation(
         {"family": "pytorch", "backend": "compiled"}, _load_grid_sample_compiled
     ),
     KERNEL: Implementation({"family": "hf-kernels", "backend": "native"}, _load_kernel),
+    **PEERS,
 }

@@ -2,25 +2,32 @@
 
 A record has the fields of the kernels-benchmarks project's JSON lines, so that the two can be read
 side by side. ``wl`` adds ``dtype`` and ``pass``; ``corr`` holds relative errors against float64;
-``lat_ms`` is kept for a wrong answer too, but ``ok`` is false.
+``lat_ms`` is kept for a wrong answer too, but ``ok`` is false. On a GPU ``floor_ms`` and
+``ceiling_ms`` are what probe.py measures with the same inputs in the same run: the ceiling is that
+of this kernel's access pattern. Elsewhere, and for latency, they are null.
 """
 
 import gc
+import sys
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from . import environment
+from tools.build import BuildError
+
+from . import environment, probe
+from .benchmark import Inputs, Workload
 from .checks import Expected, Verdict
-from .implementations import IMPLEMENTATIONS, Operator
+from .implementations import IMPLEMENTATIONS
+from .operators import Operator
 from .timing import Effort, summarize, time_device, time_latency, timed_call
 from .workloads import WORKLOADS, make_inputs
 
@@ -52,15 +59,48 @@ class Plan:
         return len(list(product(*names)))
 
 
+class Limits:
+    """What no kernel can beat on a GPU, measured on it: see probe.py."""
+
+    def __init__(self, device: torch.device, effort: Effort):
+        self.effort = effort
+        self.bytes_per_ms = probe.copy_rate(device)
+        self.no_ceiling = None  # the reason, where there is none
+        try:
+            probe.load(device)
+        except (BuildError, OSError) as error:
+            self.no_ceiling = str(error)
+
+    def describe(self) -> dict:
+        """Their part of ``env``. The rate is of bytes read and bytes written."""
+        return {
+            "copy_gb_per_s": self.bytes_per_ms / 1e6,
+            "gather_probe": self.no_ceiling or "compiled",
+        }
+
+    def floor_ms(self, inputs: Inputs, pass_name: str) -> float:
+        return probe.traffic_bytes(inputs, pass_name) / self.bytes_per_ms
+
+    def gather_ms(self, inputs: Inputs, workload: Workload) -> float | None:
+        if self.no_ceiling:
+            return None
+        try:
+            return probe.gather_ms(inputs, workload, self.effort)
+        except RuntimeError as error:  # the kernel's own figures are worth having without it
+            tqdm.write(f"no ceiling: {error}", file=sys.stderr)
+            return None
+
+
 class Case:
     """One workload in one dtype: its inputs and what should come out."""
 
-    def __init__(self, workload: str, dtype: str, device: torch.device):
-        sizes = WORKLOADS[workload]
-        if not isinstance(sizes.points, int):
-            raise NotImplementedError(f"points is {sizes.points}, expected one for all levels")
+    def __init__(
+        self, workload: str, dtype: str, device: torch.device, limits: Limits | None = None
+    ):
+        self.sizes = WORKLOADS[workload]
         value_dtype, other_dtype = DTYPES[dtype]
         self.device = device
+        self.limits = limits
         self.inputs = make_inputs(
             workload,
             value_dtype,
@@ -69,7 +109,7 @@ class Case:
             weights_dtype=other_dtype,
         )
         self.inputs_bytes = sum(tensor.nbytes for tensor in self.inputs)
-        self.expected = Expected(sizes, self.inputs)
+        self.expected = Expected(self.sizes, self.inputs)
 
     def prepare(self, pass_name: str, operator: Operator) -> "Calls":
         if pass_name == "backward":
@@ -77,13 +117,30 @@ class Case:
             return Calls(
                 timed=lambda: backward(self.expected.grad_output),
                 checked=lambda: backward(self.expected.checked_grad_output),
-                judge=self.expected.check_gradients,
+                judge=lambda result: self.expected.check_gradients(
+                    operator.gradients(result), operator.takes_logits
+                ),
             )
+        arguments = operator.arrange(self.inputs)
 
         def forward():
-            return operator.forward(*self.inputs)
+            return operator.forward(*arguments)
 
         return Calls(timed=forward, checked=forward, judge=self.expected.check_output)
+
+    def bounds(self, pass_name: str) -> dict[str, float | None]:
+        """The floor and the ceiling of a pass; None where they are not known."""
+        if self.limits is None or pass_name == "latency":
+            return {"floor_ms": None, "ceiling_ms": None}
+        passes = 2 if pass_name == "backward" else 1
+        return {
+            "floor_ms": self.limits.floor_ms(self.inputs, pass_name),
+            "ceiling_ms": self._gather_ms and passes * self._gather_ms,
+        }
+
+    @cached_property
+    def _gather_ms(self) -> float | None:
+        return self.limits.gather_ms(self.inputs, self.sizes)
 
 
 class Calls(NamedTuple):
@@ -95,33 +152,70 @@ class Calls(NamedTuple):
 
 
 def run(plan: Plan) -> Iterator[dict]:
-    """Yields a record for every combination; what fails is recorded and survived."""
-    run_id = uuid.uuid4().hex
+    """Yields a record for every combination; what fails is recorded and survived.
+
+    An implementation that is not there has one record, whose workload, dtype and pass are "all".
+    """
     env = environment.describe(plan.device)
+    limits = None
+    if plan.device.type == "cuda":
+        limits = Limits(plan.device, plan.effort)
+        env |= limits.describe()
+    head = {"run": uuid.uuid4().hex, "env": env}
+    present = []
+    for implementation in plan.implementations:
+        try:
+            IMPLEMENTATIONS[implementation].find()
+            present.append(implementation)
+        except Exception as error:  # whatever importing a foreign package may raise
+            every = {"name": "all", "dtype": "all", "pass": "all"}
+            yield _record(head, implementation, every, _explain("Unavailable", error))
+    plan = replace(plan, implementations=present)
     with tqdm(total=len(plan), unit="row", dynamic_ncols=True) as progress:
         for workload, dtype in product(plan.workloads, plan.dtypes):
             # Inputs are drawn once, and an implementation is loaded once (it may compile), but
             # late: what fails there is to be recorded, too.
-            draw = cache(partial(Case, workload, dtype, plan.device))
+            draw = cache(partial(Case, workload, dtype, plan.device, limits))
             for implementation in plan.implementations:
                 load = cache(partial(IMPLEMENTATIONS[implementation].load, WORKLOADS[workload]))
                 for pass_name in plan.passes:
                     progress.set_description(f"{workload} {dtype} {pass_name}: {implementation}")
-                    yield {
-                        "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                        "run": run_id,
-                        "impl": implementation,
-                        "tags": IMPLEMENTATIONS[implementation].tags,
-                        "wl": {
-                            "name": workload,
-                            **WORKLOADS[workload]._asdict(),
-                            "dtype": dtype,
-                            "pass": pass_name,
-                        },
-                        "env": env,
-                        **_measure_or_explain(draw, load, pass_name, plan.effort),
+                    case = {
+                        "name": workload,
+                        **WORKLOADS[workload]._asdict(),
+                        "dtype": dtype,
+                        "pass": pass_name,
                     }
+                    result = _measure_or_explain(draw, load, pass_name, plan.effort)
+                    yield _record(head, implementation, case, result)
                     progress.update()
+
+
+def _record(head: dict, implementation: str, case: dict, result: dict) -> dict:
+    return {
+        "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "run": head["run"],
+        "impl": implementation,
+        "tags": IMPLEMENTATIONS[implementation].tags,
+        "wl": case,
+        "env": head["env"],
+        **result,
+    }
+
+
+def _explain(kind: str, error: Exception) -> dict:
+    """The results where there are none, and why."""
+    return {
+        "lat_ms": None,
+        "compile_ms": None,
+        "peak_bytes": None,
+        "ok": False,
+        "absmax": None,
+        "corr": {},
+        "err": {"type": kind, "msg": str(error)},
+        "floor_ms": None,
+        "ceiling_ms": None,
+    }
 
 
 def _measure_or_explain(
@@ -133,15 +227,7 @@ def _measure_or_explain(
     except Exception as error:
         # The traceback's frames would keep the failed call's tensors, out of memory or not.
         traceback.clear_frames(error.__traceback__)
-        return {
-            "lat_ms": None,
-            "compile_ms": None,
-            "peak_bytes": None,
-            "ok": False,
-            "absmax": None,
-            "corr": {},
-            "err": {"type": type(error).__name__, "msg": str(error)},
-        }
+        return _explain(type(error).__name__, error)
     finally:
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
@@ -170,6 +256,7 @@ def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> 
         "absmax": verdict.absmax,
         "corr": verdict.as_record(),
         "err": None,
+        **case.bounds(pass_name),
     }
 
 

@@ -1,29 +1,38 @@
 """The benchmark suite, run small: what it measures, judges and records."""
 
 import json
+import sys
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import benchmark, checks
+from benchmarks import benchmark, checks, implementations, peers, probe, table
 from benchmarks.__main__ import main
 from benchmarks.benchmark import Workload
 from benchmarks.implementations import (
     BASELINE,
     IMPLEMENTATIONS,
     KERNEL,
-    Implementation,
-    Operator,
     get_project_kernel,
+    grid_sample,
     seed_eager,
 )
-from benchmarks.suite import Case
-from benchmarks.table import build_table, format_ms
+from benchmarks.operators import Implementation, Operator
+from benchmarks.suite import Case, Limits
+from benchmarks.table import build_markdown, build_table, format_ms, format_us
+from benchmarks.timing import Effort
 from benchmarks.workloads import WORKLOADS, make_inputs, select
+from tools import build as builder
 
 CPU = torch.device("cpu")
-FIELDS = "ts run impl tags wl env lat_ms compile_ms peak_bytes ok absmax corr err".split()
+REFERENCE = checks.load_reference()
+FIELDS = (
+    "ts run impl tags wl env lat_ms compile_ms peak_bytes ok absmax corr err floor_ms ceiling_ms"
+).split()
 LATENCY_FIELDS = "p10 p50 p90 mean iqr raw_times has_warnings reps warmup".split()
 
 
@@ -102,6 +111,14 @@ def test_wrong_answer_is_shown_as_wrong(run, monkeypatch, factor):
     assert len(rows) == 2 and all("WRONG" in row and "x" not in row for row in rows)
 
 
+def test_wrong_baseline_sets_no_speed_up(run, monkeypatch):
+    wrong = Operator(lambda *args: 2 * seed_eager(*args))
+    monkeypatch.setitem(IMPLEMENTATIONS, BASELINE, Implementation({}, lambda workload: wrong))
+    _, records = run("--passes", "forward")
+    assert [record["ok"] for record in records] == [False, True, True]
+    assert "x" not in "".join(line for line in render(records).splitlines() if "us" in line)
+
+
 def test_failure_is_recorded_and_survived(run, monkeypatch):
     def load(workload):
         raise MemoryError("no room\nfor this")
@@ -124,9 +141,55 @@ def test_exit_status_tells_of_our_kernel(run, monkeypatch):
     assert status == 1
 
 
-def test_unequal_points_are_recorded_as_unsupported(run):
-    _, records = run("--workloads", "dfine_decoder_b16", "--impls", BASELINE)
-    assert {record["err"]["type"] for record in records} == {"NotImplementedError"}
+class TestUnequalPoints:
+    """A workload whose levels have numbers of points of their own."""
+
+    @pytest.fixture(autouse=True)
+    def unequal(self, monkeypatch):
+        workload = Workload(2, 7, 2, 4, (3, 1), ((6, 5), (3, 2)), "decoder")
+        monkeypatch.setitem(WORKLOADS, "unequal", workload)
+        monkeypatch.setattr(checks, "load_reference", lambda: reference_by_level)
+        return workload
+
+    @pytest.mark.parametrize("function", [seed_eager, grid_sample])
+    @pytest.mark.parametrize("pass_name", ["forward", "backward"])
+    def test_baselines(self, unequal, function, pass_name):
+        case = Case("unequal", "float64", CPU)
+        shapes = {"shapes": unequal.shapes} if function is grid_sample else {}
+        operator = Operator(partial(function, points_per_level=[3, 1], **shapes))
+        calls = case.prepare(pass_name, operator)
+        assert calls.judge(calls.checked()).ok
+
+    def test_kernel_is_told_the_points(self, run, monkeypatch):
+        # With the keyword in the forward alone, autograd is the way to the gradients.
+        kernel = SimpleNamespace(
+            ms_deform_attn=reference_by_level,
+            ms_deform_attn_backward=benchmark.gradients_in_chunks,
+        )
+        monkeypatch.setattr(implementations, "get_project_kernel", lambda: kernel)
+        status, records = run("--workloads", "unequal", "--impls", KERNEL)
+        assert status == 0 and len(records) == 2 and all(record["ok"] for record in records)
+
+    def test_kernel_without_them_is_unsupported_not_wrong(self, run, monkeypatch):
+        kernel = SimpleNamespace(ms_deform_attn=lambda value: value, ms_deform_attn_backward=None)
+        monkeypatch.setattr(implementations, "get_project_kernel", lambda: kernel)
+        status, records = run("--workloads", "unequal")
+        assert status == 0
+        assert [record["ok"] for record in records] == [True] * 4 + [False] * 2
+        assert {record["err"]["type"] for record in records[4:]} == {"Unsupported"}
+        assert "unsupported: points is (3, 1)" in render(records)
+
+
+def reference_by_level(
+    value, spatial_shapes, level_start_index, locations, weights, points_per_level=None
+):
+    """The reference, called for each level with that level's points."""
+    output = 0
+    for level, points in enumerate(locations.split(points_per_level, 3)):
+        metadata = spatial_shapes[level : level + 1], level_start_index[level : level + 1]
+        weight = weights.split(points_per_level, 3)[level].unsqueeze(3)
+        output = output + REFERENCE(value, *metadata, points.unsqueeze(3), weight)
+    return output
 
 
 def test_large_workloads_are_checked_at_some_queries(monkeypatch, tiny):
@@ -164,6 +227,343 @@ def test_select_keeps_the_listed_order():
 )
 def test_format_ms(milliseconds, text):
     assert format_ms(milliseconds) == text
+
+
+class FakeFunction:
+    """What the peers have for a ``torch.autograd.Function``."""
+
+    def __init__(self, apply):
+        self.apply = apply
+
+
+def fake_mmcv(value, spatial_shapes, level_start_index, locations, weights, im2col_step):
+    assert im2col_step == 64
+    return REFERENCE(value, spatial_shapes, level_start_index, locations, weights)
+
+
+def fake_dcnv4(value, spatial_shapes, level_start_index, locations_and_logits, im2col_step, points):
+    assert locations_and_logits.shape == (2, 7, 2, 3 * 8) and points == 4
+    locations, logits = locations_and_logits.split((16, 8), -1)
+    locations = locations.unflatten(-1, (2, 4, 2))
+    weights = logits.float().softmax(-1).unflatten(-1, (2, 4))
+    return REFERENCE(value, spatial_shapes, level_start_index, locations, weights)
+
+
+def fake_triton(img, img_shapes, sampling_points, attention_weights, padding_mode, align_corners):
+    assert padding_mode == "zeros" and align_corners is False
+    starts = img_shapes.prod(1).cumsum(0) - img_shapes.prod(1)
+    output = REFERENCE(img, img_shapes, starts, sampling_points, attention_weights)
+    return output.unflatten(2, img.shape[2:])
+
+
+class TestPeers:
+    """The adapters to other kernels, with the operator itself in the place of each kernel."""
+
+    @pytest.fixture(autouse=True)
+    def none_there(self, monkeypatch):
+        """Takes away what this machine may have, and adds a workload that all of them offer."""
+        workload = Workload(2, 7, 2, 4, 4, ((6, 5), (3, 2)), "decoder")
+        monkeypatch.setitem(WORKLOADS, "four", workload)
+        for module in (
+            "mmcv.ops.multi_scale_deform_attn",
+            "DCNv4.functions",
+            "msda_triton.frontend",
+        ):
+            monkeypatch.setitem(sys.modules, module, None)
+
+        def get_kernel(repository, version):
+            raise OSError(f"no network to get {repository} from")
+
+        monkeypatch.setattr(peers, "get_kernel", get_kernel)
+        self.forget()
+        yield
+        self.forget()
+
+    def forget(self):
+        for peer in peers.PEERS.values():
+            peer.find.cache_clear()
+
+    @pytest.fixture
+    def all_there(self, monkeypatch):
+        kernel = SimpleNamespace(
+            ms_deform_attn_forward=fake_mmcv,
+            ms_deform_attn_backward=get_project_kernel().ms_deform_attn_backward,
+        )
+        monkeypatch.setattr(peers, "get_kernel", lambda repository, version: kernel)
+        for module, name, function in (
+            ("mmcv.ops.multi_scale_deform_attn", "MultiScaleDeformableAttnFunction", fake_mmcv),
+            ("DCNv4.functions", "FlashDeformAttnFunction", fake_dcnv4),
+        ):
+            fake = SimpleNamespace(**{name: FakeFunction(function)})
+            monkeypatch.setitem(sys.modules, module, fake)
+        fake = SimpleNamespace(triton_multiscale_deformable_attention=fake_triton)
+        monkeypatch.setitem(sys.modules, "msda_triton.frontend", fake)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float16_autocast"])
+    def test_all_there(self, all_there, run, dtype):
+        status, records = run(
+            "--workloads", "four", "--dtypes", dtype, "--impls", KERNEL, "--peers"
+        )
+        assert status == 0
+        names = [KERNEL, *peers.PEERS]
+        assert [record["impl"] for record in records] == [name for name in names for _ in "fb"]
+        for record in records:
+            if dtype == "float32" and record["impl"] == "dcnv4_flash":
+                assert record["err"]["type"] == "Unsupported"
+            else:
+                assert record["ok"], record
+        last = records[-3]["corr"].get("error", {})
+        assert dtype == "float32" or "grad_attention_logits" in last
+
+    def test_none_there(self, run):
+        status, records = run("--impls", KERNEL, "--peers", "--passes", "forward")
+        assert status == 0 and len(records) == 5 and records[4]["ok"]
+        for record in records:
+            assert list(record) == FIELDS
+        assert [record["impl"] for record in records[:4]] == list(peers.PEERS)
+        assert {record["err"]["type"] for record in records[:4]} == {"Unavailable"}
+        text = render(records)
+        assert "unavailable: no network to get kernels-community/deformable-detr from" in text
+        assert "DCNv4.functions" in text
+        assert "| tiny | float32 |" in build_markdown(records)
+
+    def test_wrong_peer_is_shown_as_wrong(self, all_there, run, monkeypatch):
+        wrong = FakeFunction(lambda *arguments: 1.1 * fake_mmcv(*arguments))
+        fake = SimpleNamespace(MultiScaleDeformableAttnFunction=wrong)
+        monkeypatch.setitem(sys.modules, "mmcv.ops.multi_scale_deform_attn", fake)
+        status, records = run("--impls", "mmcv")
+        assert status == 0 and not any(record["ok"] for record in records)
+        assert "WRONG" in render(records)
+
+    @pytest.mark.parametrize("name", ["tiny", "unequal"])
+    def test_what_a_peer_does_not_offer(self, all_there, run, monkeypatch, name):
+        workload = Workload(2, 7, 2, 4, (3, 1), ((6, 5), (3, 2)), "decoder")
+        monkeypatch.setitem(WORKLOADS, "unequal", workload)
+        monkeypatch.setattr(checks, "load_reference", lambda: reference_by_level)
+        names = list(peers.PEERS) if name == "unequal" else ["dcnv4_flash"]
+        _, records = run("--workloads", name, "--dtypes", "float16", "--impls", *names)
+        assert {record["err"]["type"] for record in records} == {"Unsupported"}
+        assert "unsupported: points is" in render(records)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"), [(0.019, "19.0"), (0.09996, "100"), (1.2, "1200")]
+)
+def test_format_us(milliseconds, text):
+    assert format_us(milliseconds) == text
+
+
+def test_markdown_has_the_latest_figures_and_the_fastest_right_rival(run, tiny, capsys):
+    run("--passes", "forward")
+    _, records = run("--passes", "forward")
+    assert len(records) == 6
+    times = {BASELINE: 0.003, "grid_sample": 0.001, KERNEL: 0.0005}
+    for record in records[3:]:
+        record["lat_ms"]["p50"] = times[record["impl"]]
+        record |= {"floor_ms": 0.0001, "ceiling_ms": 0.0004}
+    assert build_markdown(records).endswith(
+        "| tiny | float32 | 0.500 | 1.00 grid_sample | 5.00 | 1.25 |"
+    )
+    rows = render(records)
+    assert "/floor" in rows and "1.25" in rows and "6.00x" in rows
+    records[4]["ok"] = False
+    assert "| 0.500 | 3.00 seed_eager |" in build_markdown(records)
+
+
+def test_table_command(run, tmp_path, capsys):
+    run("--passes", "forward")
+    file = str(tmp_path / "results" / "run.jsonl")
+    table.main([file])
+    assert "grid_sample" in capsys.readouterr().out
+    table.main([file, "--markdown", "--workloads", "tiny"])
+    assert "| tiny | float32 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        table.main([file, "--workloads", "hub_b2_q300"])
+
+
+class TestLimits:
+    """The HBM floor and the gather ceiling."""
+
+    @pytest.fixture(autouse=True)
+    def encoder(self, monkeypatch):
+        workload = Workload(2, 36, 2, 16, 3, ((6, 5), (3, 2)), "encoder")
+        monkeypatch.setitem(WORKLOADS, "encoder", workload)
+
+    # tiny: 576 elements of value, 336 of locations, 168 of weights, 112 of output, and 6 int64.
+    @pytest.mark.parametrize(
+        ("dtype", "other", "forward", "backward"),
+        [
+            (torch.float32, None, 4 * 1192 + 48, 4 * (2 * 1080 + 112) + 48),
+            (torch.float16, None, 2 * 1192 + 48, 2 * (2 * 1080 + 112) + 48),
+            (
+                torch.bfloat16,
+                torch.float32,
+                2 * (576 + 112) + 4 * 504 + 48,
+                2 * (2 * 576 + 112) + 8 * 504 + 48,
+            ),
+        ],
+    )
+    def test_traffic_is_every_byte_once(self, dtype, other, forward, backward):
+        inputs = make_inputs("tiny", dtype, "cpu", locations_dtype=other, weights_dtype=other)
+        assert probe.traffic_bytes(inputs, "forward") == forward
+        assert probe.traffic_bytes(inputs, "backward") == backward
+
+    @pytest.fixture
+    def limits(self, monkeypatch):
+        """On a machine that copies 1000 bytes a millisecond and gathers in 7."""
+        monkeypatch.setattr(probe, "copy_rate", lambda device: 1000)
+        monkeypatch.setattr(probe, "load", lambda device: None)
+        monkeypatch.setattr(probe, "gather_ms", lambda inputs, workload, effort: 7)
+        return lambda: Limits(CPU, Effort(reps=1))
+
+    def test_of_a_case(self, limits):
+        case = Case("tiny", "float32", CPU, limits())
+        assert case.bounds("forward") == {"floor_ms": 4.816, "ceiling_ms": 7}
+        assert case.bounds("backward") == {"floor_ms": 9.136, "ceiling_ms": 14}
+        assert case.bounds("latency") == {"floor_ms": None, "ceiling_ms": None}
+
+    def test_without_nvcc_there_is_no_ceiling(self, limits, monkeypatch):
+        def load(device):
+            raise builder.NvccMissing("nvcc is missing")
+
+        monkeypatch.setattr(probe, "load", load)
+        assert limits().describe() == {"copy_gb_per_s": 0.001, "gather_probe": "nvcc is missing"}
+        bounds = Case("tiny", "float32", CPU, limits()).bounds("forward")
+        assert bounds == {"floor_ms": 4.816, "ceiling_ms": None}
+
+    def test_sizes_the_probe_does_not_cover_have_no_ceiling(self, limits, monkeypatch, capsys):
+        def gather_ms(*arguments):
+            raise RuntimeError("too wide")
+
+        monkeypatch.setattr(probe, "gather_ms", gather_ms)
+        assert Case("tiny", "float32", CPU, limits()).bounds("forward")["ceiling_ms"] is None
+        assert capsys.readouterr().err == "no ceiling: too wide\n"
+
+    def test_arguments_of_the_probe(self, monkeypatch):
+        calls = []
+
+        def msda_gather(*arguments):
+            calls.append(arguments)
+            return b"too wide" if arguments[0] == 4 else None
+
+        monkeypatch.setattr(probe, "load", lambda device: SimpleNamespace(msda_gather=msda_gather))
+        stream = SimpleNamespace(cuda_stream=99)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        inputs = make_inputs("encoder", torch.bfloat16, "cpu")
+        output = torch.empty(2, 36, 2, 16, dtype=torch.bfloat16)
+        order = probe.strips(((6, 5), (3, 2)))
+        probe.gather(inputs, [3, 3], output, order=order)
+        (arguments,) = calls
+        assert arguments[:6] == (1, 2, 36, 36, 2, 2) and list(arguments[6]) == [3, 3]
+        assert arguments[7:9] == (2, 3)
+        pointers = [tensor.data_ptr() for tensor in (*inputs, order, output)]
+        assert arguments[9:] == (*pointers, 99)
+        with pytest.raises(RuntimeError, match="too wide"):
+            probe.gather(inputs, [3, 3], output, split=4)
+        mixed = inputs._replace(attention_weights=inputs.attention_weights.float())
+        with pytest.raises(RuntimeError, match="dtypes or channels"):
+            probe.gather(mixed, [3, 3], output)
+
+    def test_fastest_arrangement_counts(self, monkeypatch):
+        arrangements, times = [], iter([[4, 4, 4], [9, 3, 3], [5, 5, 5], [6, 1, 8]])
+
+        def gather(inputs, points_per_level, output, split, order):
+            arrangements.append((split, order is not None))
+
+        def time_device(call, device, effort):
+            call()
+            return next(times)
+
+        monkeypatch.setattr(probe, "gather", gather)
+        monkeypatch.setattr(probe, "time_device", time_device)
+        inputs = make_inputs("encoder", torch.float32, "cpu")
+        assert probe.gather_ms(inputs, WORKLOADS["encoder"], Effort(reps=3)) == 3
+        assert arrangements[::2] == [(1, False), (1, True), (4, False), (4, True)]
+
+    def test_strips_have_every_pixel_once(self):
+        order = probe.strips(((6, 3), (1, 2)))
+        assert order.sort()[0].tolist() == list(range(20))
+        assert order[:8].tolist() == [0, 3, 6, 9, 1, 4, 7, 10]
+        assert order[12:].tolist() == [12, 15, 13, 16, 14, 17, 18, 19]
+
+    def test_compiles(self, capsys):
+        try:
+            builder.CudaToolkit.find()
+        except builder.NvccMissing:
+            pytest.skip("no nvcc")
+        probe.main(["--arch", "9.0"])
+        library = builder.ROOT / capsys.readouterr().out.strip()
+        assert library == probe.library_path("9.0") and b"msda_gather" in library.read_bytes()
+
+    @pytest.fixture
+    def gpu(self):
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        try:
+            probe.load(torch.device("cuda", 0))
+        except builder.NvccMissing as error:
+            pytest.skip(str(error))
+        return "cuda:0"
+
+    @pytest.mark.parametrize("in_strips", [False, True])
+    @pytest.mark.parametrize("split", probe.SPLITS)
+    @pytest.mark.parametrize("dtype", probe.DTYPES)
+    @pytest.mark.parametrize(
+        "workload",
+        [
+            Workload(2, 715, 8, 32, 4, ((20, 27), (10, 14), (5, 7)), "encoder"),
+            Workload(3, 129, 3, 16, (3, 6, 1), ((9, 13), (1, 4), (4, 2)), "encoder"),
+        ],
+    )
+    def test_probe_loads_every_corner_in_the_map(self, gpu, workload, dtype, split, in_strips):
+        inputs = benchmark.make_inputs(workload, dtype, gpu)
+        output = inputs.value.new_empty(workload.batch, workload.queries, *inputs.value.shape[2:])
+        order = probe.strips(workload.shapes).to(gpu) if in_strips else None
+        call = partial(probe.gather, inputs, workload.points_per_level, output, split, order)
+        if split > 1 and workload.channels * dtype.itemsize > 16 * probe.MOST_SPLIT_VECTORS:
+            with pytest.raises(RuntimeError, match="split"):
+                call()
+            return
+        call()
+        expected = xor_of_corners(inputs, workload.points_per_level)
+        assert np.array_equal(as_integers(output), expected)
+
+    def test_a_run_measures_them(self, gpu, tmp_path):
+        out = tmp_path / "run.jsonl"
+        main(["--workloads", "seed_b1_q100", "--impls", KERNEL, "--quick", "--out", str(out)])
+        for record in map(json.loads, out.read_text().splitlines()):
+            assert record["env"]["copy_gb_per_s"] > 10
+            has_limits = record["wl"]["pass"] != "latency"
+            for limit in (record["floor_ms"], record["ceiling_ms"]):
+                assert limit > 0 if has_limits else limit is None
+
+
+def as_integers(tensor):
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.cpu().view(integer).numpy()
+
+
+def xor_of_corners(inputs, points_per_level):
+    """(batch, queries, heads, channels): the bits of each query's corners, combined by xor."""
+    values = as_integers(inputs.value)
+    batch, _, heads, _ = values.shape
+    locations = inputs.sampling_locations.cpu().double()
+    if locations.ndim == 6:
+        locations = locations.flatten(3, 4)
+    batch_index = np.arange(batch)[:, None, None]
+    head_index = np.arange(heads)
+    result = 0
+    levels = np.repeat(np.arange(len(points_per_level)), points_per_level)
+    for point, level in enumerate(levels):
+        height, width = inputs.spatial_shapes[level].tolist()
+        # In float64 both are exact.
+        left = np.floor(locations[:, :, :, point, 0].numpy() * width - 0.5).astype(int)
+        top = np.floor(locations[:, :, :, point, 1].numpy() * height - 0.5).astype(int)
+        for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            pixel = np.where(inside, row * width + column, 0) + int(inputs.level_start_index[level])
+            result ^= np.where(inside[..., None], values[batch_index, pixel, head_index], 0)
+    return result
 
 
 class TestInputs:
