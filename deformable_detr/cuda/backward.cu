@@ -257,12 +257,15 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
                                : 1 / static_cast<acc>(max(level.width, 1));
         const acc move_y = box ? reference.height * box_share
                                : 1 / static_cast<acc>(max(level.height, 1));
-        store_location<scalar_t>(p, point, {grad_x * move_x, grad_y * move_y});
+        // Nothing for a point outside: it may not be finite.
+        const bool inside = corners.first_pixel() != kOutside;
+        store_location<scalar_t>(
+            p, point, {inside ? grad_x * move_x : 0, inside ? grad_y * move_y : 0});
         if (p.grad_reference_points) {
           kept.at(p, 1, first + lane) = grad_x;
           kept.at(p, 2, first + lane) = grad_y;
-          kept.at(p, 3, first + lane) = grad_x * location.x * box_share;
-          kept.at(p, 4, first + lane) = grad_y * location.y * box_share;
+          kept.at(p, 3, first + lane) = inside ? grad_x * location.x * box_share : 0;
+          kept.at(p, 4, first + lane) = inside ? grad_y * location.y * box_share : 0;
         }
       }
     }
