@@ -1,7 +1,6 @@
 // The backward of multi-scale deformable attention on a CPU, for one instruction set: see
 // backward.cpp.
 #include "deformable_detr/cpu/points.h"
-#include "deformable_detr/cpu/vector.h"
 
 // What a thread works with; a tile's pixels are in `pixels`, see backward.cpp.
 template <typename acc>

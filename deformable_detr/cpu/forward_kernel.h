@@ -1,7 +1,6 @@
 // The forward of multi-scale deformable attention on a CPU, for one instruction set: see
 // forward.cpp.
 #include "deformable_detr/cpu/points.h"
-#include "deformable_detr/cpu/vector.h"
 
 // Asks for a pixel of `vectors` SIMD registers.
 template <int32_t vectors, typename scalar_t>
