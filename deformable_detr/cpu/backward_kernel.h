@@ -1,10 +1,5 @@
 // The backward of multi-scale deformable attention on a CPU, for one instruction set: see
 // backward.cpp.
-// Each needs the one before.
-#include "deformable_detr/cpu/vector.h"
-
-#include "deformable_detr/cpu/points.h"
-
 #include "deformable_detr/cpu/fused.h"
 
 // What a thread works with; a tile's pixels are in `pixels`, see backward.cpp.
