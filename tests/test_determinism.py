@@ -1,4 +1,4 @@
-"""Gradients repeat bit for bit, with and without torch's deterministic mode."""
+"""Gradients repeat bit for bit: in torch's deterministic mode, and on the CPU always."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ CASE = Case("crowded", ((2, 3), (12, 17)), queries=500, heads=4, channels=32)
 RUNS = 20
 
 
-@pytest.fixture(params=[True, False], ids=["deterministic_mode", "default_mode"])
-def deterministic_mode(request):
+@pytest.fixture
+def deterministic_mode():
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(request.param)
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
 

@@ -22,7 +22,9 @@ def test_gradgradcheck(kernel, device, operator, options):
         args = [next(replaced) if tensor.requires_grad else tensor for tensor in inputs.args]
         return getattr(kernel, operator)(*args, **inputs.options)
 
-    assert torch.autograd.gradgradcheck(function, inputs.differentiable(), nondet_tol=0.0)
+    # On a GPU sums come in any order: gradients repeat to rounding only.
+    tolerance = 1e-10 if device == "cuda" else 0.0
+    assert torch.autograd.gradgradcheck(function, inputs.differentiable(), nondet_tol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)

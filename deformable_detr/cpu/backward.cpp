@@ -84,7 +84,11 @@ struct FusedPoints {
         pixel_rests(new acc[2 * points]),
         weights(new acc[points]),
         grad_locations(new acc[2 * points]),
-        grad_weights(new acc[points]) {}
+        grad_weights(new acc[points]) {
+    prefer_huge_pages(pixels.get(), 2 * points * sizeof(acc));
+    prefer_huge_pages(pixel_rests.get(), 2 * points * sizeof(acc));
+    prefer_huge_pages(weights.get(), points * sizeof(acc));
+  }
 
   std::unique_ptr<acc[]> pixels, pixel_rests, weights, grad_locations, grad_weights;
 };

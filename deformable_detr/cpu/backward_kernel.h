@@ -1,10 +1,5 @@
 // The backward of multi-scale deformable attention on a CPU, for one instruction set: see
 // backward.cpp.
-// Each needs the one before.
-#include "deformable_detr/cpu/vector.h"
-
-#include "deformable_detr/cpu/points.h"
-
 #include "deformable_detr/cpu/fused.h"
 
 // What a thread works with; a tile's pixels are in `pixels`, see backward.cpp.
@@ -52,13 +47,20 @@ template <typename scalar_t>
 MSDA_INLINE void store_tile(const acc_t<scalar_t>* pixels, int32_t padded, int32_t count,
                             int64_t pixel_stride, int32_t channels, scalar_t* grad_value) {
   constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
+  const bool aligned = (reinterpret_cast<uintptr_t>(grad_value) | pixel_stride * sizeof(scalar_t)) %
+                           sizeof(Stored<scalar_t>) ==
+                       0;
   for (int32_t i = 0; i < count; ++i, grad_value += pixel_stride) {
     const acc_t<scalar_t>* from = pixels + (2 * int64_t(i) + 1) * padded;
-    prefetch<true>(grad_value, pixel_stride, channels);
     int32_t c = 0;
-    for (; c + lanes <= channels; c += lanes) store(grad_value + c, load(from + c));
+    if (aligned) {
+      for (; c + lanes <= channels; c += lanes) stream(grad_value + c, load(from + c));
+    } else {
+      for (; c + lanes <= channels; c += lanes) store(grad_value + c, load(from + c));
+    }
     if (c < channels) store(grad_value + c, load(from + c), channels - c);
   }
+  stream_fence();
 }
 
 // The row of the map that a point belongs to: that of its north corners, moved into the map. So the

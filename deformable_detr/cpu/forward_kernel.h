@@ -1,10 +1,5 @@
 // The forward of multi-scale deformable attention on a CPU, for one instruction set: see
 // forward.cpp.
-// Each needs the one before.
-#include "deformable_detr/cpu/vector.h"
-
-#include "deformable_detr/cpu/points.h"
-
 #include "deformable_detr/cpu/fused.h"
 
 // Asks for a pixel of `vectors` SIMD registers.

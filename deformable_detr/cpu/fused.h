@@ -1,6 +1,7 @@
 // The fused operator's points: from reference points, offsets and logits, for one instruction set.
 //
 // No include guard: included once per instruction set.
+#include "deformable_detr/cpu/points.h"
 
 // ---------------------------------------------------------------------------------------- softmax
 

@@ -3,6 +3,7 @@
 //
 // No include guard: included once per instruction set. The arrays lie side by side, so that the
 // compiler vectorises the loops over points.
+#include "deformable_detr/cpu/vector.h"
 
 // Which points: some of each of `rows` rows. The first row's begin with point `first` of the
 // tensor, the next row's `stride` later.

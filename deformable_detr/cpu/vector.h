@@ -104,6 +104,28 @@ MSDA_INLINE void store(scalar_t* to, Vector<acc_t<scalar_t>> x) {
   std::memcpy(to, &stored, sizeof(stored));
 }
 
+// Store past the caches, for what is not read again soon: its old content is not fetched first.
+// Aligned to the vector. Finish with stream_fence().
+template <typename scalar_t>
+MSDA_INLINE void stream(scalar_t* to, Vector<acc_t<scalar_t>> x) {
+#if defined(__x86_64__)
+  const Stored<scalar_t> stored = from_float(x, scalar_t{});
+  if constexpr (sizeof(stored) == 64) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bit_cast<__m512i>(stored));
+  } else if constexpr (sizeof(stored) == 32) {
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bit_cast<__m256i>(stored));
+  } else if constexpr (sizeof(stored) == 16) {
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(to), bit_cast<__m128i>(stored));
+  }
+#endif
+  store(to, x);
+}
+MSDA_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes only; the others are zero.
 template <typename scalar_t>
 MSDA_INLINE Vector<acc_t<scalar_t>> load(const scalar_t* from, int32_t count) {
