@@ -20,6 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 DEFAULT_WORKLOADS = ["seed_*", "ddetr_encoder_b1", "rtdetr_decoder_b16", "mask2former_b2"]
 QUICK_WORKLOADS = ["seed_*", "rtdetr_decoder_b16"]
 DEFAULT_IMPLEMENTATIONS = [BASELINE, "grid_sample", KERNEL]
+# Compiling takes up to half a minute a workload: not for a first look.
+CPU_IMPLEMENTATIONS = [BASELINE, "grid_sample", "grid_sample_compiled", KERNEL]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +57,7 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
         )
 
     names("--workloads", WORKLOADS, " ".join(DEFAULT_WORKLOADS))
-    names("--impls", IMPLEMENTATIONS, " ".join(DEFAULT_IMPLEMENTATIONS))
+    names("--impls", IMPLEMENTATIONS, " ".join(DEFAULT_IMPLEMENTATIONS) + "; on a CPU all")
     names("--dtypes", DTYPES, "float32; on a GPU float16 and bfloat16, too")
     names("--passes", PASSES, "forward and backward; on a GPU latency, too")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
@@ -75,6 +77,8 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
     default_dtypes = ["float32", "float16", "bfloat16"] if on_gpu else ["float32"]
     default_passes = ["all"] if on_gpu else ["forward", "backward"]
     workloads = QUICK_WORKLOADS if options.quick else DEFAULT_WORKLOADS
+    full_cpu = not on_gpu and not options.quick
+    implementations = CPU_IMPLEMENTATIONS if full_cpu else DEFAULT_IMPLEMENTATIONS
     effort = Effort(
         reps=options.reps,
         budget_ms=200 if options.quick else 1000,
@@ -84,7 +88,7 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
     try:
         plan = Plan(
             select(options.workloads or workloads, list(WORKLOADS)),
-            select(options.impls or DEFAULT_IMPLEMENTATIONS, list(IMPLEMENTATIONS)),
+            select(options.impls or implementations, list(IMPLEMENTATIONS)),
             select(options.dtypes or default_dtypes, list(DTYPES)),
             select(options.passes or default_passes, PASSES),
             device,
