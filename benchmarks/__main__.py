@@ -21,6 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 DEFAULT_WORKLOADS = ["seed_*", "ddetr_encoder_b1", "rtdetr_decoder_b16", "mask2former_b2"]
 QUICK_WORKLOADS = ["seed_*", "rtdetr_decoder_b16"]
 DEFAULT_IMPLEMENTATIONS = [BASELINE, "grid_sample", KERNEL]
+# Compiling takes up to half a minute a workload: not for a first look.
+CPU_IMPLEMENTATIONS = [BASELINE, "grid_sample", "grid_sample_compiled", KERNEL]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +66,7 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
         )
 
     names("--workloads", WORKLOADS, " ".join(DEFAULT_WORKLOADS))
-    names("--impls", IMPLEMENTATIONS, " ".join(DEFAULT_IMPLEMENTATIONS))
+    names("--impls", IMPLEMENTATIONS, " ".join(DEFAULT_IMPLEMENTATIONS) + "; on a CPU all")
     parser.add_argument("--peers", action="store_true", help=f"and what is there of {_list(PEERS)}")
     names("--dtypes", DTYPES, "float32; on a GPU float16 and bfloat16, too")
     names("--passes", PASSES, "forward and backward; on a GPU latency, too")
@@ -84,10 +86,11 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
     on_gpu = device.type == "cuda"
     default_dtypes = ["float32", "float16", "bfloat16"] if on_gpu else ["float32"]
     default_passes = ["all"] if on_gpu else ["forward", "backward"]
-    implementations = options.impls or DEFAULT_IMPLEMENTATIONS
+    workloads = QUICK_WORKLOADS if options.quick else DEFAULT_WORKLOADS
+    full_cpu = not on_gpu and not options.quick
+    implementations = options.impls or (CPU_IMPLEMENTATIONS if full_cpu else DEFAULT_IMPLEMENTATIONS)
     if options.peers:
         implementations = [*implementations, *PEERS]
-    workloads = QUICK_WORKLOADS if options.quick else DEFAULT_WORKLOADS
     effort = Effort(
         reps=options.reps,
         budget_ms=200 if options.quick else 1000,

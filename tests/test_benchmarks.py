@@ -68,7 +68,7 @@ def test_command(run):
     assert status == 0
     assert [(record["impl"], record["wl"]["pass"]) for record in records] == [
         (implementation, pass_name)
-        for implementation in (BASELINE, "grid_sample", KERNEL)
+        for implementation in (BASELINE, "grid_sample", "grid_sample_compiled", KERNEL)
         for pass_name in ("forward", "backward")
     ]
     for record in records:

@@ -41,6 +41,7 @@ MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points,
   }
 }
 
+// The same for fewer channels than a register has.
 template <typename scalar_t>
 MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points,
                              const Array<int64_t> (&offset)[4], int32_t first, int32_t last,
@@ -55,24 +56,44 @@ MSDA_INLINE void sum_samples(const Points<acc_t<scalar_t>>& points,
   store(output, sum, channels);
 }
 
-// Takes pieces of work: kRows rows each.
+// Where the corners of a block of rows are, relative to value.
+template <typename acc>
+MSDA_INLINE void find_pixels(const Params& p, int64_t row, int32_t rows, const Points<acc>& points,
+                             int64_t outside, const Array<int64_t>& origin,
+                             const Array<int64_t> (&offset)[4]) {
+  const int64_t pixel_stride = int64_t(p.heads) * p.channels;
+  for (int32_t r = 0; r < rows; ++r) {
+    const int64_t batch = (row + r) / (p.queries * p.heads), head = (row + r) % p.heads;
+    std::fill_n(origin.data() + r * p.points, p.points,
+                batch * p.spatial_size * pixel_stride + head * p.channels);
+  }
+  for (int corner = 0; corner < 4; ++corner) {
+    const int32_t* pixel = points.pixel[corner].data();
+    const int64_t* from = origin.data();
+    int64_t* to = offset[corner].data();
+#pragma GCC ivdep
+    for (int32_t i = 0; i < rows * p.points; ++i) {
+      to[i] = pixel[i] == kOutside ? outside : from[i] + pixel[i] * pixel_stride;
+    }
+  }
+}
+
+// Takes pieces of work: kRowsOfPiece rows each.
 template <typename scalar_t>
 void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
   using acc = acc_t<scalar_t>;
   constexpr int32_t lanes = kLanes<acc>;
   const int64_t all_rows = p.batch * p.queries * p.heads;
-  const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
   const int32_t capacity = rows_of_block * p.points + kPointsAhead;
 
   const Points<acc> points(capacity, p.reference_points);
   const Fusion<acc> fusion(p, levels, points.fused ? capacity : 0);
-  const Array<int64_t> offset[4] = {Array<int64_t>(capacity), Array<int64_t>(capacity),
-                                    Array<int64_t>(capacity), Array<int64_t>(capacity)},
-                       base(capacity);
+  const Array<int64_t> offset[4] = {capacity, capacity, capacity, capacity};
+  const Array<int64_t> origin(capacity);
   set_levels(p, levels, rows_of_block, points);
 
-  // A corner outside is read from here, relative to value.
+  // A corner outside is read from here.
   const Array<scalar_t> zeros(p.channels);
   const scalar_t* value = static_cast<const scalar_t*>(p.value);
   const int64_t outside =
@@ -84,24 +105,10 @@ void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
     const int64_t end = std::min(all_rows, (piece + 1) * kRowsOfPiece);
     for (int64_t row = piece * kRowsOfPiece; row < end; row += rows_of_block) {
       const int32_t rows = std::min<int64_t>(rows_of_block, end - row);
-      const int32_t count = rows * p.points;
-      read_points<scalar_t>(p, Selection{row * p.points, 0, 1}, count, points);
+      read_points<scalar_t>(p, Selection{row * p.points, 0, 1}, rows * p.points, points);
       if (points.fused) fuse_points<scalar_t>(p, row, rows, fusion, points);
-      place_points(p.method, points, count);
-      for (int32_t r = 0; r < rows; ++r) {
-        const int64_t batch = (row + r) / (p.queries * p.heads), head = (row + r) % p.heads;
-        const int64_t origin = batch * p.spatial_size * pixel_stride + head * p.channels;
-        std::fill_n(base.data() + r * p.points, p.points, origin);
-      }
-      for (int corner = 0; corner < 4; ++corner) {
-        const int32_t* pixel = points.pixel[corner].data();
-        int64_t* to = offset[corner].data();
-        const int64_t* from = base.data();
-#pragma GCC ivdep
-        for (int32_t i = 0; i < count; ++i) {
-          to[i] = pixel[i] == kOutside ? outside : from[i] + pixel[i] * pixel_stride;
-        }
-      }
+      place_points(p.method, points, rows * p.points);
+      find_pixels(p, row, rows, points, outside, origin, offset);
       for (int32_t r = 0; r < rows; ++r) {
         const int32_t first = r * p.points, last = first + p.points;
         scalar_t* output = static_cast<scalar_t*>(p.output) + (row + r) * p.channels;

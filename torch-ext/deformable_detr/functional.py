@@ -129,7 +129,7 @@ def _autocast(value: torch.Tensor) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.dtype == torch.float64:
         return value
     device = value.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return value
     return value.to(torch.get_autocast_dtype(device))
 
