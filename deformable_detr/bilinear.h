@@ -120,6 +120,11 @@ struct Coordinate {
 
 enum class Method : int8_t { bilinear, nearest };
 
+// Whether index lies in [0, size), in one comparison.
+MSDA_HOST_DEVICE bool is_inside(int32_t index, int32_t size) {
+  return static_cast<uint32_t>(index) < static_cast<uint32_t>(size);
+}
+
 // The four corners of a point, in the order nw, ne, sw, se.
 template <typename acc_t>
 struct Corners {
@@ -138,10 +143,8 @@ struct Corners {
     // constant there would be propagated into branches, which keep the loop from being vectorised.)
     const int32_t column = touches ? static_cast<int32_t>(x.floor) : -1 - level.width;
     const int32_t row = touches ? static_cast<int32_t>(y.floor) : -1 - level.height;
-    const bool west = (column >= 0) & (column < level.width);
-    const bool east = (column >= -1) & (column < level.width - 1);
-    const bool north = (row >= 0) & (row < level.height);
-    const bool south = (row >= -1) & (row < level.height - 1);
+    const bool west = is_inside(column, level.width), east = is_inside(column + 1, level.width);
+    const bool north = is_inside(row, level.height), south = is_inside(row + 1, level.height);
     const int32_t nw = level.start + row * level.width + column;
     pixel[0] = north & west ? nw : kOutside;
     pixel[1] = north & east ? nw + 1 : kOutside;

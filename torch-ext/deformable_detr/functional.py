@@ -53,7 +53,8 @@ def ms_deform_attn(
             the message names the argument.
         ValueError: ``method`` is unknown.
     """
-    return ops.ms_deform_attn_forward(
+    return _call(
+        ops.ms_deform_attn_forward,
         _autocast(value),
         spatial_shapes,
         level_start_index,
@@ -105,7 +106,8 @@ def fused_ms_deform_attn(
         RuntimeError, ValueError: as for ``ms_deform_attn``, or ``reference_points`` have neither 2
             nor 4 coordinates.
     """
-    return ops.fused_ms_deform_attn_forward(
+    return _call(
+        ops.fused_ms_deform_attn_forward,
         _autocast(value),
         spatial_shapes,
         level_start_index,
@@ -116,6 +118,17 @@ def fused_ms_deform_attn(
         _is_nearest(method),
         offset_scale,
     )
+
+
+def _call(op, *args):
+    """op(*args), past autograd where no gradient is wanted: that costs microseconds a call."""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled()
+        and any(arg.requires_grad for arg in args if isinstance(arg, torch.Tensor))
+    ):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _is_nearest(method: str) -> bool:
