@@ -88,7 +88,9 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
     default_passes = ["all"] if on_gpu else ["forward", "backward"]
     workloads = QUICK_WORKLOADS if options.quick else DEFAULT_WORKLOADS
     full_cpu = not on_gpu and not options.quick
-    implementations = options.impls or (CPU_IMPLEMENTATIONS if full_cpu else DEFAULT_IMPLEMENTATIONS)
+    implementations = options.impls or (
+        CPU_IMPLEMENTATIONS if full_cpu else DEFAULT_IMPLEMENTATIONS
+    )
     if options.peers:
         implementations = [*implementations, *PEERS]
     effort = Effort(

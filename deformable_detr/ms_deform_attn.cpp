@@ -374,8 +374,8 @@ struct Gradients {
   std::optional<Tensor> reference_points;
 };
 
-Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output,
-                                bool deterministic, bool reference_needs_grad = false) {
+Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output, bool deterministic,
+                                bool reference_needs_grad = false) {
   BackwardParams params = inputs.check_and_align<BackwardParams>();
   const ScalarType dtype = inputs.value.scalar_type();
 
@@ -406,11 +406,11 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output,
     }
   }
 #endif
-  Gradients grads{
-      zeroed_sums ? torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype)
-                  : torch::stable::empty_like(inputs.value),
-      torch::stable::empty_like(inputs.sampling_locations),
-      torch::stable::empty_like(inputs.attention_weights), std::nullopt};
+  Gradients grads{zeroed_sums
+                      ? torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype)
+                      : torch::stable::empty_like(inputs.value),
+                  torch::stable::empty_like(inputs.sampling_locations),
+                  torch::stable::empty_like(inputs.attention_weights), std::nullopt};
   params.grad_value = grads.value.data_ptr();
   params.grad_sampling_locations = grads.sampling_locations.data_ptr();
   params.grad_attention_weights = grads.attention_weights.data_ptr();
@@ -462,8 +462,7 @@ Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const Tensor& sampling_locations, const Tensor& attention_weights, const Tensor& grad_output,
-    const std::optional<std::vector<int64_t>>& points_per_level, bool nearest,
-    bool deterministic) {
+    const std::optional<std::vector<int64_t>>& points_per_level, bool nearest, bool deterministic) {
   Inputs inputs{value,
                 spatial_shapes,
                 level_start_index,
@@ -506,7 +505,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
                 nearest,
                 reference_points,
                 offset_scale};
-  const Gradients grads = allocate_and_backward(inputs, grad_output, deterministic, reference_needs_grad);
+  const Gradients grads =
+      allocate_and_backward(inputs, grad_output, deterministic, reference_needs_grad);
   return {grads.value,
           grads.reference_points ? *grads.reference_points
                                  : torch::stable::new_empty(reference_points, {0}),

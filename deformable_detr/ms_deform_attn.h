@@ -51,7 +51,7 @@ struct Params {
 struct BackwardParams : Params {
   const void* grad_output;  // [batch, queries, heads, channels]
 
-  bool deterministic;       // sums in a fixed order (the CPU's always are)
+  bool deterministic;  // sums in a fixed order (the CPU's always are)
 
   // Of value's dtype, and every element is written, unless cuda::backward_needs says otherwise.
   void* grad_value;               // [batch, spatial_size, heads, channels]

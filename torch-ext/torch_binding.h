@@ -23,8 +23,7 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> 
     const torch::stable::Tensor& value, const torch::stable::Tensor& spatial_shapes,
     const torch::stable::Tensor& level_start_index, const torch::stable::Tensor& sampling_locations,
     const torch::stable::Tensor& attention_weights, const torch::stable::Tensor& grad_output,
-    const std::optional<std::vector<int64_t>>& points_per_level, bool nearest,
-    bool deterministic);
+    const std::optional<std::vector<int64_t>>& points_per_level, bool nearest, bool deterministic);
 
 torch::stable::Tensor fused_forward(
     const torch::stable::Tensor& value, const torch::stable::Tensor& spatial_shapes,

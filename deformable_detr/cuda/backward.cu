@@ -1,9 +1,9 @@
 // Multi-scale deformable attention on the GPU, backward.
 //
 // points_kernel walks over the points as the forward does. Per point, the dot products of
-// grad_output with value at the four corners give the gradients of its weight and location. What the
-// corners' pixels get, grad_output times weight and share, is added to grad_value in one of three
-// ways, each the fastest for some problems (see find_method):
+// grad_output with value at the four corners give the gradients of its weight and location. What
+// the corners' pixels get, grad_output times weight and share, is added to grad_value in one of
+// three ways, each the fastest for some problems (see find_method):
 //
 // * directly, by points_kernel, corner by corner;
 // * by scatter_kernel, where queries are pixels: a block takes a square of them, sorts their points
@@ -18,8 +18,8 @@ namespace {
 
 // ----------------------------------------------------------------------------------------- overlap
 
-// points_kernel and the kernel after it are independent, unless fused. On sm_90 the second may start
-// while the first still runs, and ends after it.
+// points_kernel and the kernel after it are independent, unless fused. On sm_90 the second may
+// start while the first still runs, and ends after it.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   using Rows = cuda::Rows<scalar_t, kVec>;
   constexpr bool kFused = kSource == Source::fused;
   extern __shared__ __align__(16) char memory[];
-  __shared__ int4 offsets[Layout::kSlots];  // of each corner in value
+  __shared__ int4 offsets[Layout::kSlots];                      // of each corner in value
   __shared__ PerCorner<acc> shares[kAdd ? Layout::kSlots : 1];  // times the point's weight
   __shared__ PerCorner<acc> dots[Layout::kSlots];  // of grad_output with value at each corner
   Level* levels = reinterpret_cast<Level*>(memory);
@@ -253,14 +253,14 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         const bool box = p.reference_coordinates == 4;
         const acc box_share =
             box ? static_cast<acc>(p.offset_scale / points_of_level(p, cursor.level)) : 0;
-        const acc move_x = box ? reference.width * box_share
-                               : 1 / static_cast<acc>(max(level.width, 1));
-        const acc move_y = box ? reference.height * box_share
-                               : 1 / static_cast<acc>(max(level.height, 1));
+        const acc move_x =
+            box ? reference.width * box_share : 1 / static_cast<acc>(max(level.width, 1));
+        const acc move_y =
+            box ? reference.height * box_share : 1 / static_cast<acc>(max(level.height, 1));
         // Nothing for a point outside: it may not be finite.
         const bool inside = corners.first_pixel() != kOutside;
-        store_location<scalar_t>(
-            p, point, {inside ? grad_x * move_x : 0, inside ? grad_y * move_y : 0});
+        store_location<scalar_t>(p, point,
+                                 {inside ? grad_x * move_x : 0, inside ? grad_y * move_y : 0});
         if (p.grad_reference_points) {
           kept.at(p, 1, first + lane) = grad_x;
           kept.at(p, 2, first + lane) = grad_y;
@@ -292,8 +292,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         const int number = i - level * p.reference_coordinates + 1;
         int32_t point = 0;
         for (int32_t l = 0; l < level; ++l) point += points_of_level(p, l);
-        const int32_t end =
-            p.reference_levels > 1 ? point + points_of_level(p, level) : all_points;
+        const int32_t end = p.reference_levels > 1 ? point + points_of_level(p, level) : all_points;
         acc sum = 0;
         for (; point < end; ++point) sum += kept.at(p, number, point);
         static_cast<acc*>(p.grad_reference_points)[work.row * numbers + i] = sum;
@@ -302,7 +301,8 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   }
 }
 
-// ------------------------------------------------------------------------------------ value, gathered
+// ------------------------------------------------------------------------------------ value,
+// gathered
 
 // What suits a problem.
 struct Slicing {
@@ -317,8 +317,8 @@ constexpr int kGatherWarps = kGatherThreads / 32;
 // Shared memory of a block, in this order.
 template <typename acc>
 struct GatherMemory {
-  acc* sums;         // [pixels, or a team][row]
-  acc* shares;       // [pair], pixel after pixel: of a point's corner, times its weight
+  acc* sums;    // [pixels, or a team][row]
+  acc* shares;  // [pair], pixel after pixel: of a point's corner, times its weight
   Level* levels;
   int32_t* queries;  // [pair], of the point
   int32_t* starts;   // [pixels + 1], of a pixel's pairs
@@ -396,9 +396,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   scalar_t* grad_value = static_cast<scalar_t*>(p.grad_value) +
                          batch * p.spatial_size * pixel_stride + head * p.channels + channel;
-  const scalar_t* grad_output =
-      static_cast<const scalar_t*>(p.grad_output) +
-      (batch * p.queries * p.heads + head) * p.channels + channel;
+  const scalar_t* grad_output = static_cast<const scalar_t*>(p.grad_output) +
+                                (batch * p.queries * p.heads + head) * p.channels + channel;
 
   // The block's slice: pixels [begin, end) of value.
   int32_t slice = blockIdx.x, own = 0, covered = 0;
@@ -461,8 +460,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
         PointReader<scalar_t, kSource> point;
         const int32_t query = start(next + lane, point);
         point.read_location(p);
-        const Corners<acc> corners = place<scalar_t, kSource>(
-            p, point.location(p), batch * p.queries + query, own, level);
+        const Corners<acc> corners =
+            place<scalar_t, kSource>(p, point.location(p), batch * p.queries + query, own, level);
         const int32_t pixel = corners.first_pixel();
         const int32_t row = pixel == kOutside ? -2 : (pixel - level.start) / level.width;
         touches = row >= low_row && row <= high_row;
@@ -489,8 +488,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
             softmax = softmaxes<scalar_t>(p)[(batch * p.queries + query) * p.heads + head];
           }
           weight = point.weight(p, softmax);
-          corners = place<scalar_t, kSource>(p, point.location(p), batch * p.queries + query, own,
-                                             level);
+          corners =
+              place<scalar_t, kSource>(p, point.location(p), batch * p.queries + query, own, level);
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -621,7 +620,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
   wait_for_previous_kernel();
 }
 
-// ----------------------------------------------------------------------------------- value, scattered
+// ----------------------------------------------------------------------------------- value,
+// scattered
 
 constexpr int kScatterThreads = 256;
 constexpr int kScatterQueries = 128;
@@ -661,13 +661,12 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   acc* grad_value = static_cast<acc*>(p.grad_value) + batch * p.spatial_size * pixel_stride +
                     head * p.channels + channel;
-  const scalar_t* grad_output =
-      static_cast<const scalar_t*>(p.grad_output) +
-      (batch * p.queries * p.heads + head) * p.channels + channel;
+  const scalar_t* grad_output = static_cast<const scalar_t*>(p.grad_output) +
+                                (batch * p.queries * p.heads + head) * p.channels + channel;
 
   if (threadIdx.x < n_queries) {
-    queries[threadIdx.x] = static_cast<int32_t>(
-        query_in_strips<kScatterStrip>(p, levels, first_query + threadIdx.x));
+    queries[threadIdx.x] =
+        static_cast<int32_t>(query_in_strips<kScatterStrip>(p, levels, first_query + threadIdx.x));
   }
   __syncthreads();
 
@@ -678,7 +677,8 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   const bool has_query = own_query < n_queries;
   const int64_t query_row = has_query ? batch * p.queries + queries[own_query] : 0;
   Softmax<acc> softmax;
-  if constexpr (kSource == Source::fused) softmax = softmaxes<scalar_t>(p)[query_row * p.heads + head];
+  if constexpr (kSource == Source::fused)
+    softmax = softmaxes<scalar_t>(p)[query_row * p.heads + head];
 
   PointCursor cursor(p, own_first);
   for (int32_t first = 0; first < p.points; first += kStagePoints) {
@@ -695,8 +695,8 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
       if (has_query && first + own_first + i < p.points) {
         point.read(p);
         const acc weight = point.weight(p, softmax);
-        const Corners<acc> corners = place<scalar_t, kSource>(
-            p, point.location(p), query_row, cursor.level, levels[cursor.level]);
+        const Corners<acc> corners = place<scalar_t, kSource>(p, point.location(p), query_row,
+                                                              cursor.level, levels[cursor.level]);
         pixels[slot] =
             make_int4(corners.pixel[0], corners.pixel[1], corners.pixel[2], corners.pixel[3]);
 #pragma unroll
@@ -860,21 +860,26 @@ const char* launch_scatter(const BackwardParams& p, void* stream) {
 }
 
 constexpr int kMaxSlicePixels = 1024, kMinSlicePixels = 128;
-constexpr int kMaxFound = 512;         // points a warp finds at a time, where that is all there are
-constexpr int kFound = 128;            // and where it is not
-constexpr int kSumBytes = 32 * 1024;   // that are kept then
+constexpr int kMaxFound = 512;        // points a warp finds at a time, where that is all there are
+constexpr int kFound = 128;           // and where it is not
+constexpr int kSumBytes = 32 * 1024;  // that are kept then
 constexpr int kGatherBytes = 96 * 1024;
+constexpr int kStaticBytes = 1024;  // what the kernel has besides, at most
 
 template <typename scalar_t, int kVec, int kLanes>
 const char* launch_gather(const BackwardParams& p, void* stream) {
   using Memory = GatherMemory<acc_t<scalar_t>>;
   constexpr int kRow = kLanes * kVec, kTeams = kGatherThreads / kLanes;
-  int device = 0, multiprocessors = 0;
+  int device = 0, multiprocessors = 0, limit = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  for (const auto& [attribute, number] :
+       {std::pair{cudaDevAttrMultiProcessorCount, &multiprocessors},
+        std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &limit},
+        std::pair{cudaDevAttrComputeCapabilityMajor, &major}}) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(number, attribute, device);
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
+  const int64_t most_bytes = std::min(limit - kStaticBytes, kGatherBytes);
   const int64_t points = max_level_points(p);
   if (points > INT32_MAX - kGatherThreads) {
     return "sampling_locations has too many points in a level, expected below 2^31";
@@ -887,19 +892,19 @@ const char* launch_gather(const BackwardParams& p, void* stream) {
                       std::max<int64_t>(to_fill / 2 * 2, kMinSlicePixels), kMaxSlicePixels)),
                   static_cast<int32_t>(ceil_div<int64_t>(points, kGatherThreads) * 32), false};
   if (points > kMaxFound * kGatherWarps ||
-      Memory::bytes(slicing, kTeams, kRow, p.levels) > kGatherBytes) {
+      Memory::bytes(slicing, kTeams, kRow, p.levels) > most_bytes) {
     const int32_t pixels = kSumBytes / (kRow * static_cast<int>(sizeof(acc_t<scalar_t>)));
     slicing = {std::min(pixels, kMaxSlicePixels), kFound, true};
+    while (slicing.pixels > 2 && Memory::bytes(slicing, kTeams, kRow, p.levels) > most_bytes) {
+      slicing.pixels = slicing.pixels / 4 * 2;
+    }
   }
   const int64_t bytes = Memory::bytes(slicing, kTeams, kRow, p.levels);
-  int major = 0;
-  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
   const bool overlap = major >= 9;
   return with_source<scalar_t>(p, [&](auto source) {
     const auto kernel = gather_kernel<scalar_t, source.value, kVec, kLanes>;
-    const char* message =
-        allow_shared_memory(kernel, bytes, "the backward needs more shared memory than this GPU has");
+    const char* message = allow_shared_memory(
+        kernel, bytes, "the backward needs more shared memory than this GPU has");
     if (message) return message;
     return launch(kernel, p, p.spatial_size / slicing.pixels + p.levels + 1, rows, kGatherThreads,
                   bytes, source.value != Source::fused && overlap, stream, slicing);
@@ -926,8 +931,8 @@ BackwardNeeds backward_needs(const BackwardParams& params) {
   const AddMethod method = find_method(params);
   const bool separate = method != AddMethod::direct;
   const int64_t rows = params.batch * params.queries * params.heads;
-  const int64_t softmax = params.value_dtype == DType::f64 ? sizeof(Softmax<double>)
-                                                           : sizeof(Softmax<float>);
+  const int64_t softmax =
+      params.value_dtype == DType::f64 ? sizeof(Softmax<double>) : sizeof(Softmax<float>);
   return {method != AddMethod::gather, separate && params.reference_points ? rows * softmax : 0};
 }
 

@@ -80,8 +80,8 @@ __device__ __forceinline__ Work find_work(const Params& p, int64_t tile) {
 }
 
 // Where the queries are the pixels (an encoder), neighbouring queries sample neighbouring pixels.
-// Their levels can be served in strips of kRows rows, column after column, so that a block's tile is
-// about square and its samples meet.
+// Their levels can be served in strips of kRows rows, column after column, so that a block's tile
+// is about square and its samples meet.
 __host__ __device__ __forceinline__ bool queries_are_pixels(const Params& p) {
   return p.queries == p.spatial_size;
 }
@@ -282,9 +282,10 @@ __device__ __forceinline__ Reference<acc_t<scalar_t>> read_reference(const Param
 
 // The corners of a point that was read.
 template <typename scalar_t, Source kSource>
-__device__ __forceinline__ Corners<acc_t<scalar_t>> place(
-    const Params& p, const Location<acc_t<scalar_t>>& location, int64_t query_row,
-    int32_t level_index, const Level& level) {
+__device__ __forceinline__ Corners<acc_t<scalar_t>> place(const Params& p,
+                                                          const Location<acc_t<scalar_t>>& location,
+                                                          int64_t query_row, int32_t level_index,
+                                                          const Level& level) {
   using acc = acc_t<scalar_t>;
   if constexpr (kSource != Source::fused) {
     return Corners<acc>(location.x, location.y, level, p.method);
@@ -410,8 +411,8 @@ auto with_source(const Params& p, Function&& function) {
   return function(std::integral_constant<Source, Source::same>{});
 }
 
-// with_lanes<2, 32>(n, [&](auto lanes) { ... lanes.value ... }): the power of two from 2 to 32 at or
-// above n (or 32), as a constant.
+// with_lanes<2, 32>(n, [&](auto lanes) { ... lanes.value ... }): the power of two from 2 to 32 at
+// or above n (or 32), as a constant.
 template <int kMin, int kMax, typename Function>
 auto with_lanes(int64_t n, Function&& function) {
   if constexpr (kMin < kMax) {
