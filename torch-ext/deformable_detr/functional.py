@@ -122,7 +122,8 @@ def fused_ms_deform_attn(
 
 def _call(op, *args):
     """op(*args), past autograd where no gradient is wanted: that costs microseconds a call."""
-    if torch.compiler.is_compiling() or (
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if transformed or (
         torch.is_grad_enabled()
         and any(arg.requires_grad for arg in args if isinstance(arg, torch.Tensor))
     ):
