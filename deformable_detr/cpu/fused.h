@@ -5,19 +5,21 @@
 
 // ---------------------------------------------------------------------------------------- softmax
 
-// exp(x) of x <= 0, to two units in the last place (Cephes' polynomial).
+// exp(x) of x <= 0, to 8e-8: 2^power * exp(r) with |r| <= log(2) / 2, and exp(r) = 1 + r + r^2 * y.
+// The coefficients of y are a least-squares fit of the relative error, each rounded before the next.
 MSDA_INLINE float exponential(float x) {
-  constexpr float kLog2 = 1.44269504088896341f, kHigh = 0.693359375f, kLow = -2.12194440e-4f;
+  constexpr float kLog2 = 1.44269504088896341f;
+  constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // log(2) in two parts
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   const float shifted = x * kLog2 + kRound;
   const float power = shifted - kRound;
   const float r = (x - power * kHigh) - power * kLow;
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
+  float y = 1.957021886e-4f;
+  y = y * r + 1.393541577e-3f;
+  y = y * r + 8.333895355e-3f;
+  y = y * r + 4.166645929e-2f;
+  y = y * r + 1.666666418e-1f;
+  y = y * r + 0.5f;
   y = y * r * r + r + 1;
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound) + 127;
   const float result = y * bit_cast<float>(static_cast<uint32_t>(exponent) << 23);
