@@ -214,7 +214,7 @@ assert torch.equal(torch._inductor.aoti_load_package(path)(x), 2 * x)
 
 
 def check_that_torch_loads_packages(device, folder):
-    """Skips where torch's own AOTInductor cannot run the simplest program: it may end the process."""
+    """Skips where AOTInductor cannot run the simplest program: that may end the process."""
     command = [sys.executable, "-c", LOADS_A_PACKAGE, device, str(folder / "double.pt2")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if run.returncode != 0:
