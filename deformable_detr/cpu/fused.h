@@ -6,7 +6,7 @@
 // ---------------------------------------------------------------------------------------- softmax
 
 // exp(x) of x <= 0, to 8e-8: 2^power * exp(r) with |r| <= log(2) / 2, and exp(r) = 1 + r + r^2 * y.
-// The coefficients of y are a least-squares fit of the relative error, each rounded before the next.
+// y's coefficients are a least-squares fit of the relative error, each rounded before the next.
 MSDA_INLINE float exponential(float x) {
   constexpr float kLog2 = 1.44269504088896341f;
   constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // log(2) in two parts
