@@ -114,7 +114,7 @@ def test_wrong_answer_is_shown_as_wrong(run, monkeypatch, factor):
 def test_wrong_baseline_sets_no_speed_up(run, monkeypatch):
     wrong = Operator(lambda *args: 2 * seed_eager(*args))
     monkeypatch.setitem(IMPLEMENTATIONS, BASELINE, Implementation({}, lambda workload: wrong))
-    _, records = run("--passes", "forward")
+    _, records = run("--passes", "forward", "--impls", BASELINE, "grid_sample", KERNEL)
     assert [record["ok"] for record in records] == [False, True, True]
     assert "x" not in "".join(line for line in render(records).splitlines() if "us" in line)
 
@@ -173,7 +173,8 @@ class TestUnequalPoints:
     def test_kernel_without_them_is_unsupported_not_wrong(self, run, monkeypatch):
         kernel = SimpleNamespace(ms_deform_attn=lambda value: value, ms_deform_attn_backward=None)
         monkeypatch.setattr(implementations, "get_project_kernel", lambda: kernel)
-        status, records = run("--workloads", "unequal")
+        rivals = (BASELINE, "grid_sample", KERNEL)
+        status, records = run("--workloads", "unequal", "--impls", *rivals)
         assert status == 0
         assert [record["ok"] for record in records] == [True] * 4 + [False] * 2
         assert {record["err"]["type"] for record in records[4:]} == {"Unsupported"}
@@ -354,8 +355,9 @@ def test_format_us(milliseconds, text):
 
 
 def test_markdown_has_the_latest_figures_and_the_fastest_right_rival(run, tiny, capsys):
-    run("--passes", "forward")
-    _, records = run("--passes", "forward")
+    arguments = ("--passes", "forward", "--impls", BASELINE, "grid_sample", KERNEL)
+    run(*arguments)
+    _, records = run(*arguments)
     assert len(records) == 6
     times = {BASELINE: 0.003, "grid_sample": 0.001, KERNEL: 0.0005}
     for record in records[3:]:
