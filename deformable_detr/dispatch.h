@@ -38,6 +38,8 @@ struct Accumulate<double> {
 template <typename scalar_t>
 using acc_t = typename Accumulate<scalar_t>::type;
 
+inline bool is_half(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
+
 // dispatch(dtype, [&](auto zero) { using scalar_t = decltype(zero); ... });
 template <typename Function>
 void dispatch(DType dtype, Function&& function) {

@@ -107,7 +107,7 @@ DType value_dtype(const Tensor& value) {
 // Locations and weights have value's dtype, or float beside a half value (as autocast gives them).
 DType operand_dtype(const char* name, const Tensor& tensor, const Tensor& value, DType dtype) {
   if (tensor.scalar_type() == value.scalar_type()) return dtype;
-  const bool half = dtype == DType::f16 || dtype == DType::bf16;
+  const bool half = is_half(dtype);
   check(half && tensor.scalar_type() == ScalarType::Float, name, " has dtype ",
         torch::headeronly::toString(tensor.scalar_type()), ", expected ",
         torch::headeronly::toString(value.scalar_type()), ", the dtype of value",
@@ -391,7 +391,7 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output, bool 
   params.grad_output = aligned_grad_output.data_ptr();
 
   // Half types add up in float.
-  const bool half = params.value_dtype == DType::f16 || params.value_dtype == DType::bf16;
+  const bool half = is_half(params.value_dtype);
   const ScalarType acc_dtype = half ? ScalarType::Float : dtype;
   params.deterministic = deterministic;
   bool zeroed_sums = false;

@@ -138,11 +138,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   }
   level_loader.store(p, levels);
   if (strips) {
-    if (work.active()) {
-      const int64_t query = query_in_strips<4>(p, levels, work.query);
-      work.row += (query - work.query) * p.heads;
-      work.query = query;
-    }
+    follow_strips(p, levels, work);
     next.start(p, work.row, lane);
     read_next(0);
   }
@@ -808,9 +804,9 @@ AddMethod find_method(const BackwardParams& p) {
   if (queries_are_pixels(p) && p.value_dtype != DType::f64) return AddMethod::scatter;
   // A half type needs a float copy of grad_value to add to. With few points and many pixels, that
   // costs more than anything else.
-  const bool half = p.value_dtype == DType::f16 || p.value_dtype == DType::bf16;
   const int64_t elements = p.batch * p.spatial_size * p.heads * p.channels;
-  if (half && max_level_points(p) <= 2048 && elements >= (1 << 22)) return AddMethod::gather;
+  if (is_half(p.value_dtype) && max_level_points(p) <= 2048 && elements >= (1 << 22))
+    return AddMethod::gather;
   return AddMethod::direct;
 }
 

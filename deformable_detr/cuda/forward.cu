@@ -48,11 +48,7 @@ __global__ void __launch_bounds__(kThreads, kAhead == 1 ? 4 : 3)
 
   for (int tile = 0; tile < tiles; ++tile) {
     if (tile > 0) work = find_work<Layout>(p, first_tile + tile);
-    if (strips && work.active()) {
-      const int64_t query = query_in_strips<4>(p, levels, work.query);
-      work.row += (query - work.query) * p.heads;
-      work.query = query;
-    }
+    if (strips) follow_strips(p, levels, work);
     if (strips || tile > 0) {
       next.start(p, work.row, lane);
       read_next(0);

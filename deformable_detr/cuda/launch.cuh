@@ -108,6 +108,14 @@ __device__ __forceinline__ int64_t query_in_strips(const Params& p, const Level*
   return query;
 }
 
+// The same for the row of a team: what find_work gives is its place in the strips.
+__device__ __forceinline__ void follow_strips(const Params& p, const Level* levels, Work& work) {
+  if (!work.active()) return;
+  const int64_t query = query_in_strips<4>(p, levels, work.query);
+  work.row += (query - work.query) * p.heads;
+  work.query = query;
+}
+
 // ------------------------------------------------------------------------------------------ levels
 
 // Fills the table of levels, in shared memory. A block's threads load() it to registers, may load
