@@ -57,18 +57,22 @@ MSDA_HOST_DEVICE Exact<acc_t> exact(double x) {
 }
 
 template <typename acc_t>
+MSDA_HOST_DEVICE Exact<acc_t> multiply(acc_t a, acc_t b) {
+  const acc_t product = a * b;
+  return {product, std::fma(a, b, -product)};
+}
+
+template <typename acc_t>
 MSDA_HOST_DEVICE Exact<acc_t> multiply(acc_t a, const Exact<acc_t>& b) {
   const acc_t product = a * b.rounded;
   return {product, std::fma(a, b.rounded, -product) + a * b.rest};
 }
 
-// One axis of a reference point and a sampling offset of `extent` pixels per unit: reference * size
-// + offset * extent - 0.5. The products may cancel, so that their errors exceed the sum's rounding.
+// One axis of a reference point moved by some pixels: reference * size + move - 0.5. These may
+// cancel, so that their errors exceed the sum's rounding.
 template <typename acc_t>
-MSDA_HOST_DEVICE Exact<acc_t> offset_pixel(acc_t reference, int32_t size, acc_t offset,
-                                           const Exact<acc_t>& extent) {
-  const Exact<acc_t> from = multiply(reference, Exact<acc_t>{static_cast<acc_t>(size), 0});
-  const Exact<acc_t> move = multiply(offset, extent);
+MSDA_HOST_DEVICE Exact<acc_t> moved_pixel(acc_t reference, int32_t size, const Exact<acc_t>& move) {
+  const Exact<acc_t> from = multiply(reference, static_cast<acc_t>(size));
   const acc_t sum = from.rounded + move.rounded, part = sum - from.rounded;
   const acc_t sum_error = (from.rounded - (sum - part)) + (move.rounded - part);
   const acc_t shifted = sum - acc_t(0.5);

@@ -33,7 +33,7 @@ struct Params {
   bool starts_int64;      // else int32
 
   // Fused: sampling_locations holds the sampling offsets, attention_weights the logits, of which
-  // the weights are the softmax over the points. See offset_extents.
+  // the weights are the softmax over the points. See OffsetUnits.
   int32_t reference_levels;       // levels, or 1: the same reference point for each level
   int32_t reference_coordinates;  // 2: (x, y), or 4: (x, y, width, height)
   double offset_scale;            // for 4 coordinates
@@ -78,22 +78,21 @@ MSDA_HOST_DEVICE int32_t points_of_level(const Params& p, int32_t level) {
   return p.points_per_level > 0 ? p.points_per_level : p.level_points[level];
 }
 
-// How far a sampling offset of one moves a point, in pixels. Beside reference points with 2
-// coordinates offsets are pixels; beside 4 they are shares of the reference box:
-// location = (x, y) + offset / points_of_level * (width, height) * offset_scale.
+// How far a sampling offset of one moves a point. Beside reference points with 2 coordinates that
+// is a pixel; beside 4, a share of the reference box: location = (x, y) + offset / points_of_level
+// * (width, height) * offset_scale.
 template <typename acc_t>
-struct Extents {
-  Exact<acc_t> x, y;
+struct OffsetUnits {
+  Exact<acc_t> x, y;  // in pixels, for a box as large as the level
+  acc_t box_share;
 };
 
 template <typename acc_t>
-MSDA_HOST_DEVICE Extents<acc_t> offset_extents(const Params& p, int32_t level_index,
-                                               const Level& level, acc_t box_width,
-                                               acc_t box_height) {
-  if (p.reference_coordinates == 2) return {{1, 0}, {1, 0}};
-  const double scale = p.offset_scale / points_of_level(p, level_index);
-  return {multiply(box_width, exact<acc_t>(scale * level.width)),
-          multiply(box_height, exact<acc_t>(scale * level.height))};
+MSDA_HOST_DEVICE OffsetUnits<acc_t> offset_units(const Params& p, int32_t level_index,
+                                                 const Level& level) {
+  const double share = p.offset_scale / points_of_level(p, level_index);
+  return {exact<acc_t>(share * level.width), exact<acc_t>(share * level.height),
+          static_cast<acc_t>(share)};
 }
 
 // The backends read and write nothing outside their tensors, whatever the level metadata and the

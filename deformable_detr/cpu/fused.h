@@ -50,7 +50,7 @@ MSDA_INLINE void softmax(acc* x, int32_t rows, int32_t size) {
 
 // ----------------------------------------------------------------------------------------- pixels
 
-// Each point's reference point, and the extent of its offset in pixels.
+// Each point's reference point, and how many pixels an offset of one moves it.
 template <typename acc>
 struct Fusion {
   Fusion(const Params& p, const std::vector<Level>& levels, int64_t capacity)
@@ -74,15 +74,19 @@ MSDA_INLINE void fuse_points(const Params& p, int64_t first, int32_t rows,
   for (int32_t row = 0; row < rows; ++row) {
     for (int32_t level = 0; level < p.levels; ++level) {
       const Reference<acc> reference = read_reference<scalar_t>(p, (first + row) / p.heads, level);
-      const Extents<acc> extents =
-          offset_extents<acc>(p, level, fusion.levels[level], reference.width, reference.height);
+      Exact<acc> extent_x{1, 0}, extent_y{1, 0};
+      if (p.reference_coordinates == 4) {
+        const OffsetUnits<acc> units = offset_units<acc>(p, level, fusion.levels[level]);
+        extent_x = multiply(reference.width, units.x);
+        extent_y = multiply(reference.height, units.y);
+      }
       for (const int32_t end = i + points_of_level(p, level); i < end; ++i) {
         fusion.reference[0][i] = reference.x;
         fusion.reference[1][i] = reference.y;
-        fusion.extent[0][i] = extents.x.rounded;
-        fusion.extent[1][i] = extents.y.rounded;
-        fusion.extent_rest[0][i] = extents.x.rest;
-        fusion.extent_rest[1][i] = extents.y.rest;
+        fusion.extent[0][i] = extent_x.rounded;
+        fusion.extent[1][i] = extent_y.rounded;
+        fusion.extent_rest[0][i] = extent_x.rest;
+        fusion.extent_rest[1][i] = extent_y.rest;
       }
     }
   }
@@ -94,8 +98,8 @@ MSDA_INLINE void fuse_points(const Params& p, int64_t first, int32_t rows,
     const acc *extent = fusion.extent[axis].data(), *extent_rest = fusion.extent_rest[axis].data();
 #pragma GCC ivdep
     for (int32_t k = 0; k < i; ++k) {
-      const Exact<acc> pixel = offset_pixel(reference[k], size[axis][k], at[axis][k],
-                                            Exact<acc>{extent[k], extent_rest[k]});
+      const Exact<acc> move = multiply(at[axis][k], Exact<acc>{extent[k], extent_rest[k]});
+      const Exact<acc> pixel = moved_pixel(reference[k], size[axis][k], move);
       at[axis][k] = pixel.rounded;
       rest[axis][k] = pixel.rest;
     }

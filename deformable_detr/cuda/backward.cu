@@ -31,10 +31,56 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Fused, points_kernel leaves each row's softmax for the kernel after it.
+// ----------------------------------------------------------------------------------------- softmax
+
+// A row's softmax: weight = exp(logit - largest) * scale.
+template <typename acc>
+struct Softmax {
+  acc largest, scale;
+  __device__ __forceinline__ acc weight(acc logit) const {
+    return exponential(logit - largest) * scale;
+  }
+};
+
+// Fused, points_kernel leaves that of each row for the kernel after it, in scratch.
 template <typename scalar_t>
 __device__ __forceinline__ Softmax<acc_t<scalar_t>>* softmaxes(const BackwardParams& p) {
   return static_cast<Softmax<acc_t<scalar_t>>*>(p.scratch);
+}
+int64_t softmax_bytes(const BackwardParams& p) {
+  if (!p.reference_points) return 0;
+  const int64_t one =
+      p.value_dtype == DType::f64 ? sizeof(Softmax<double>) : sizeof(Softmax<float>);
+  return p.batch * p.queries * p.heads * one;
+}
+
+// Over a row's points, by its team of kTeam lanes. The whole warp takes part.
+template <typename scalar_t, int kTeam>
+__device__ __forceinline__ Softmax<acc_t<scalar_t>> find_softmax(const Params& p, int64_t row) {
+  using acc = acc_t<scalar_t>;
+  const auto logit = [&](int32_t point) {
+    return load_operand<scalar_t>(p.attention_weights, p.weights_dtype, row * p.points + point);
+  };
+  const int lane = threadIdx.x % kTeam;
+  acc largest = -INFINITY, sum = 0;
+  for (int32_t i = lane; i < p.points; i += kTeam) largest = max(largest, logit(i));
+#pragma unroll
+  for (int offset = 1; offset < kTeam; offset *= 2) {
+    largest = max(largest, __shfl_xor_sync(0xffffffff, largest, offset));
+  }
+  for (int32_t i = lane; i < p.points; i += kTeam) sum += exponential(logit(i) - largest);
+#pragma unroll
+  for (int offset = 1; offset < kTeam; offset *= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
+  return {largest, 1 / sum};
+}
+
+// The weight of a point that was read.
+template <typename scalar_t, Source kSource>
+__device__ __forceinline__ acc_t<scalar_t> find_weight(const Params& p,
+                                                       const PointReader<scalar_t, kSource>& point,
+                                                       const Softmax<acc_t<scalar_t>>& softmax) {
+  const acc_t<scalar_t> weight = point.weight(p);
+  return kIsFused<kSource> ? softmax.weight(weight) : weight;
 }
 
 // ------------------------------------------------------------------------------------------ output
@@ -107,12 +153,12 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   using Layout = cuda::Layout<kLanes, 1>;
   using Row = Vec<scalar_t, kVec>;
   using Rows = cuda::Rows<scalar_t, kVec>;
-  constexpr bool kFused = kSource == Source::fused;
+  constexpr bool kFused = kIsFused<kSource>;
   extern __shared__ __align__(16) char memory[];
   __shared__ int4 offsets[Layout::kSlots];                      // of each corner in value
   __shared__ PerCorner<acc> shares[kAdd ? Layout::kSlots : 1];  // times the point's weight
   __shared__ PerCorner<acc> dots[Layout::kSlots];  // of grad_output with value at each corner
-  Level* levels = reinterpret_cast<Level*>(memory);
+  LevelOf<scalar_t, kSource>* levels = reinterpret_cast<LevelOf<scalar_t, kSource>*>(memory);
   const Kept<acc, Layout::kTeams> kept{reinterpret_cast<acc*>(levels + p.levels) +
                                        threadIdx.x / kLanes};
 
@@ -125,22 +171,18 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
 
   Work work = find_work<Layout>(p, blockIdx.x);
   PointReader<scalar_t, kSource> next;
-  const auto read_next = [&](int32_t first) {
-    if (first + lane < work.points) next.read(p);
-    next.skip(p, kLanes);
+  const auto start = [&] {
+    next.start(p, work.row, work.query_row(p), lane);
+    if (lane < work.points) next.read(p);
   };
   // The first points are on their way while the levels arrive.
-  LevelLoader level_loader;
+  LevelLoader<LevelOf<scalar_t, kSource>> level_loader;
   level_loader.load(p);
-  if (!strips) {
-    next.start(p, work.row, lane);
-    read_next(0);
-  }
+  if (!strips) start();
   level_loader.store(p, levels);
   if (strips) {
     follow_strips(p, levels, work);
-    next.start(p, work.row, lane);
-    read_next(0);
+    start();
   }
   Softmax<acc> softmax;
   acc kept_sum = 0;  // of weight times its gradient, over this lane's points
@@ -155,15 +197,19 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     // Each lane works out one point.
     const bool has_point = first + lane < work.points;
     Corners<acc> corners;
-    Location<acc> location = {};
+    Location<acc> offset = {};  // fused
+    Reference<acc> reference = {};
     acc weight = 0;
     if (has_point) {
-      location = next.location(p);
-      weight = next.weight(p, softmax);
-      corners = place<scalar_t, kSource>(p, location, work.query_row(p), cursor.level,
-                                         levels[cursor.level]);
+      weight = find_weight(p, next, softmax);
+      corners = place(p, next, cursor.level, levels[cursor.level]);
+      if constexpr (kFused) {
+        offset = next.location(p);
+        reference = next.reference(p, cursor.level);
+      }
     }
-    read_next(first + kLanes);
+    next.skip(p, kLanes);
+    if (first + kLanes + lane < work.points) next.read(p);
     __syncwarp();
     offsets[own_slot] = Rows::offsets(p, corners.pixel);
     if constexpr (kAdd) {
@@ -232,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         if (corners.pixel[j] == kOutside) dot.corner[j] = 0;
       }
       const int64_t point = work.row * all_points + first + lane;
-      const Level level = levels[cursor.level];
+      const LevelOf<scalar_t, kSource>& level = levels[cursor.level];
       const acc grad_weight = corners.sample(dot.corner);
       const bool bilinear = p.method == Method::bilinear;
       const acc grad_x = bilinear ? weight * corners.d_location_x(dot.corner, level) : 0;
@@ -244,11 +290,8 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         kept.at(p, 0, first + lane) = grad_weight;
         kept_sum += weight * grad_weight;
         // grad_x and grad_y are by location; an offset of one moves that by this much.
-        const Reference<acc> reference =
-            read_reference<scalar_t>(p, work.query_row(p), cursor.level);
         const bool box = p.reference_coordinates == 4;
-        const acc box_share =
-            box ? static_cast<acc>(p.offset_scale / points_of_level(p, cursor.level)) : 0;
+        const acc box_share = box ? level.units.box_share : 0;
         const acc move_x =
             box ? reference.width * box_share : 1 / static_cast<acc>(max(level.width, 1));
         const acc move_y =
@@ -260,8 +303,8 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         if (p.grad_reference_points) {
           kept.at(p, 1, first + lane) = grad_x;
           kept.at(p, 2, first + lane) = grad_y;
-          kept.at(p, 3, first + lane) = inside ? grad_x * location.x * box_share : 0;
-          kept.at(p, 4, first + lane) = inside ? grad_y * location.y * box_share : 0;
+          kept.at(p, 3, first + lane) = inside ? grad_x * offset.x * box_share : 0;
+          kept.at(p, 4, first + lane) = inside ? grad_y * offset.y * box_share : 0;
         }
       }
     }
@@ -277,8 +320,8 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     __syncwarp();
     for (int32_t i = lane; i < work.points; i += kLanes) {
       const int64_t point = work.row * all_points + i;
-      const acc logit = load_operand<scalar_t>(p.attention_weights, p.weights_dtype, point);
-      const acc weight = std::exp(logit - softmax.largest) * softmax.scale;
+      const acc weight =
+          softmax.weight(load_operand<scalar_t>(p.attention_weights, p.weights_dtype, point));
       store_weight<scalar_t>(p, point, weight * (kept.at(p, 0, i) - kept_sum));
     }
     if (p.grad_reference_points && work.active()) {
@@ -300,22 +343,118 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
 // ------------------------------------------------------------------------------------ value,
 // gathered
 
-// What suits a problem.
-struct Slicing {
-  int32_t pixels;  // that a block owns, at most; even
-  int32_t found;   // points near them that a warp looks for at a time, a multiple of 32
-  bool keep_sums;  // in shared memory, as there may be more points than that
+// The most points a level has, of all queries of a (batch, head).
+int64_t max_level_points(const Params& p) {
+  int64_t points = p.points_per_level;
+  for (int32_t l = 0; l < p.levels && p.points_per_level == 0; ++l) {
+    points = std::max<int64_t>(points, p.level_points[l]);
+  }
+  return points * p.queries;
+}
+
+// Which pixels some adjacent queries reach in a level: from first to last; none if last < first.
+struct Reach {
+  int32_t first, last;
 };
 
+constexpr int kReachQueries = 128;
+constexpr int kReachThreads = 256;
 constexpr int kGatherThreads = 256;
 constexpr int kGatherWarps = kGatherThreads / 32;
+constexpr int kMaxFound = 512;  // points a warp finds at a time, where that is all there are
+
+int32_t reach_chunks(const Params& p) {
+  return static_cast<int32_t>(ceil_div<int64_t>(p.queries, kReachQueries));
+}
+int64_t reach_bytes(const Params& p) {
+  return p.batch * p.heads * p.levels * reach_chunks(p) * sizeof(Reach);
+}
+// Where there are more points than a block holds at once.
+bool has_reaches(const Params& p) { return max_level_points(p) > kMaxFound * kGatherWarps; }
+
+// [batch, heads, levels, chunks], in scratch behind the softmaxes.
+template <typename scalar_t, Source kSource>
+__device__ __forceinline__ Reach* reach_table(const BackwardParams& p) {
+  char* scratch = static_cast<char*>(p.scratch);
+  if (kIsFused<kSource>) {
+    scratch += p.batch * p.queries * p.heads * sizeof(Softmax<acc_t<scalar_t>>);
+  }
+  return reinterpret_cast<Reach*>(scratch);
+}
+
+// Each warp serves kReachQueries queries of a (batch, head, level).
+template <typename scalar_t, Source kSource>
+__global__ void __launch_bounds__(kReachThreads)
+    reach_kernel(const __grid_constant__ BackwardParams p) {
+  const int32_t chunks = static_cast<int32_t>(ceil_div<int64_t>(p.queries, kReachQueries));
+  const int lane = threadIdx.x % 32;
+  int64_t warp = int64_t(blockIdx.x) * (kReachThreads / 32) + threadIdx.x / 32;
+  const int32_t level_index = static_cast<int32_t>(warp % p.levels);
+  warp /= p.levels;
+  const int32_t head = static_cast<int32_t>(warp % p.heads);
+  const int64_t chunk = warp / p.heads, batch = p.first_batch + blockIdx.z;
+  if (chunk >= chunks) return;
+
+  const auto level = LevelLoader<LevelOf<scalar_t, kSource>>::read(p, level_index);
+  int32_t first_point = 0;
+  for (int32_t l = 0; l < level_index; ++l) first_point += points_of_level(p, l);
+  const int32_t level_points = points_of_level(p, level_index);
+  const int64_t first_query = chunk * kReachQueries;
+  const int32_t queries =
+      static_cast<int32_t>(min(int64_t(kReachQueries), p.queries - first_query));
+  int32_t first = INT32_MAX, last = -1;
+  for (int32_t i = lane; i < queries * level_points; i += 32) {
+    const int32_t query = i / level_points;
+    const int64_t query_row = batch * p.queries + first_query + query;
+    PointReader<scalar_t, kSource> point;
+    point.start(p, query_row * p.heads + head, query_row, first_point + i - query * level_points);
+    point.read_location(p);
+    const Corners<acc_t<scalar_t>> corners = place(p, point, level_index, level);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (corners.pixel[j] == kOutside) continue;
+      first = min(first, corners.pixel[j]);
+      last = max(last, corners.pixel[j]);
+    }
+  }
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    first = min(first, __shfl_xor_sync(0xffffffff, first, offset));
+    last = max(last, __shfl_xor_sync(0xffffffff, last, offset));
+  }
+  if (lane == 0) {
+    const int64_t row = (batch * p.heads + head) * p.levels + level_index;
+    reach_table<scalar_t, kSource>(p)[row * chunks + chunk] = {first, last};
+  }
+}
+
+constexpr int kFewSlicePixels = 32;
+
+// What suits a problem.
+struct Slicing {
+  int32_t pixels;        // that a block owns, at most; even
+  int32_t fewest;        // slices of a level, where that makes them kFewSlicePixels or more
+  int32_t found;         // points near them that a warp looks for at a time, a multiple of 32
+  bool keep_sums;        // in shared memory, as there may be more points than that
+  int32_t reach_chunks;  // of each level, or 0: reach_kernel did not run
+
+  // Of a slice of this level.
+  __device__ __forceinline__ int32_t pixels_of(const Level& level) const {
+    const int32_t share = (ceil_div(level.height * level.width, fewest) + 1) / 2 * 2;
+    return min(pixels, max(share, kFewSlicePixels));
+  }
+  // At most, and one for the pixels of no level.
+  int64_t slices(const Params& p) const {
+    return p.spatial_size / pixels + int64_t(p.levels) * fewest + 1;
+  }
+};
 
 // Shared memory of a block, in this order.
-template <typename acc>
+template <typename acc, typename LevelType>
 struct GatherMemory {
   acc* sums;    // [pixels, or a team][row]
   acc* shares;  // [pair], pixel after pixel: of a point's corner, times its weight
-  Level* levels;
+  LevelType* levels;
   int32_t* queries;  // [pair], of the point
   int32_t* starts;   // [pixels + 1], of a pixel's pairs
   int32_t* found;    // [warp][found], points
@@ -329,7 +468,7 @@ struct GatherMemory {
   }
   static int64_t bytes(const Slicing& slicing, int teams, int row, int32_t levels) {
     return (int64_t(sum_rows(slicing, teams)) * row + pairs(slicing)) * sizeof(acc) +
-           levels * sizeof(Level) +
+           levels * sizeof(LevelType) +
            (int64_t(pairs(slicing)) + slicing.pixels + 4 + kGatherWarps * slicing.found) *
                sizeof(int32_t) +
            int64_t(kGatherWarps) * slicing.pixels * sizeof(uint16_t);
@@ -337,7 +476,7 @@ struct GatherMemory {
   __device__ GatherMemory(char* memory, const Slicing& slicing, int teams, int row, int32_t n) {
     sums = reinterpret_cast<acc*>(memory);
     shares = sums + sum_rows(slicing, teams) * row;
-    levels = reinterpret_cast<Level*>(shares + pairs(slicing));
+    levels = reinterpret_cast<LevelType*>(shares + pairs(slicing));
     queries = reinterpret_cast<int32_t*>(levels + n);
     starts = queries + pairs(slicing);
     found = starts + slicing.pixels + 4;
@@ -377,16 +516,18 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
   constexpr int kRow = kLanes * kVec;  // channels
   constexpr int kTeams = kGatherThreads / kLanes;
   extern __shared__ __align__(16) char memory[];
-  const GatherMemory<acc> shared(memory, slicing, kTeams, kRow, p.levels);
-  if (kSource == Source::fused) wait_for_previous_kernel();
-  LevelLoader level_loader;
+  const GatherMemory<acc, LevelOf<scalar_t, kSource>> shared(memory, slicing, kTeams, kRow,
+                                                             p.levels);
+  if (kIsFused<kSource>) wait_for_previous_kernel();
+  LevelLoader<LevelOf<scalar_t, kSource>> level_loader;
   level_loader.load(p);
   level_loader.store(p, shared.levels);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = threadIdx.x / kLanes;
   const int32_t parts = ceil_div(p.channels, kRow);
-  const int32_t head = blockIdx.y / parts;
-  const int32_t channel = blockIdx.y % parts * kRow + threadIdx.x % kLanes * kVec;
+  const int32_t rows = p.heads * parts;
+  const int32_t head = blockIdx.x % rows / parts;
+  const int32_t channel = blockIdx.x % rows % parts * kRow + threadIdx.x % kLanes * kVec;
   const bool has_channel = channel < p.channels;
   const int64_t batch = p.first_batch + blockIdx.z;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
@@ -395,13 +536,15 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
   const scalar_t* grad_output = static_cast<const scalar_t*>(p.grad_output) +
                                 (batch * p.queries * p.heads + head) * p.channels + channel;
 
-  // The block's slice: pixels [begin, end) of value.
-  int32_t slice = blockIdx.x, own = 0, covered = 0;
+  // The block's slice: pixels [begin, end) of value. The last levels, which are the coarse ones in
+  // most models, come first: their pixels have the most points.
+  int32_t slice = (gridDim.x - 1 - blockIdx.x) / rows, own = 0, covered = 0;
   for (; own < p.levels; ++own) {
     const int32_t pixels = shared.levels[own].height * shared.levels[own].width;
     if (shared.levels[own].start == covered) covered += pixels;
-    if (slice < ceil_div(pixels, slicing.pixels)) break;
-    slice -= ceil_div(pixels, slicing.pixels);
+    const int32_t slices = ceil_div(pixels, slicing.pixels_of(shared.levels[own]));
+    if (slice < slices) break;
+    slice -= slices;
   }
   if (own == p.levels) {
     // One block clears what no level covers; there is nothing in good metadata.
@@ -418,9 +561,10 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
     }
     return wait_for_previous_kernel();
   }
-  const Level level = shared.levels[own];
-  const int32_t begin = level.start + slice * slicing.pixels;
-  const int32_t end = min(begin + slicing.pixels, level.start + level.height * level.width);
+  const LevelOf<scalar_t, kSource>& level = shared.levels[own];
+  const int32_t slice_pixels = slicing.pixels_of(level);
+  const int32_t begin = level.start + slice * slice_pixels;
+  const int32_t end = min(begin + slice_pixels, level.start + level.height * level.width);
   const int32_t pixels = end - begin;
 
   // Each team adds up some pixels. Where pixels are few, `copies` teams share one.
@@ -438,35 +582,57 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
   const auto start = [&](int32_t point, PointReader<scalar_t, kSource>& reader) {
     const int32_t query = point / level_points;
     const int64_t row = (batch * p.queries + query) * p.heads + head;
-    reader.start(p, row, first_point + point - query * level_points);
+    reader.start(p, row, batch * p.queries + query, first_point + point - query * level_points);
     return query;
   };
 
-  bool direct = false;
-  int32_t next = warp * 32;  // this warp's next 32 points of the level
-  bool more;
+  // The warps take chunks of the level's points in turn: 32 points, or where it is known which
+  // pixels they reach, as many as that is known of.
+  const Reach* reaches =
+      slicing.reach_chunks > 0
+          ? reach_table<scalar_t, kSource>(p) +
+                ((batch * p.heads + head) * p.levels + own) * slicing.reach_chunks
+          : nullptr;
+  const int32_t chunk_points = reaches ? kReachQueries * level_points : 32;
+  const int32_t chunks = ceil_div(total, chunk_points);
+  int32_t chunk = warp, in_chunk = 0;  // where this warp goes on
+
+  bool direct = false, more;
   do {
-    // Each warp notes which of its points may touch the slice, by their rows.
-    const int32_t low_row = (begin - level.start) / level.width - 1;
-    const int32_t high_row = (end - 1 - level.start) / level.width;
+    // Each warp notes which of its points touch the slice.
     int near = 0;
-    for (; next < total && near + 32 <= slicing.found; next += kGatherThreads) {
+    while (chunk < chunks && near + 32 <= slicing.found) {
+      if (reaches && in_chunk == 0) {
+        const int32_t of_lane = chunk + lane * kGatherWarps;
+        bool reach = false;
+        if (of_lane < chunks) {
+          const Reach r = reaches[of_lane];
+          reach = r.first < end && r.last >= begin;
+        }
+        const unsigned reaching = __ballot_sync(0xffffffff, reach);
+        chunk += kGatherWarps * (reaching ? __ffs(reaching) - 1 : 32);
+        if (!reaching) continue;
+      }
+      const int32_t number = chunk * chunk_points + in_chunk + lane;
       bool touches = false;
-      if (next + lane < total) {
+      if (number < total) {
         PointReader<scalar_t, kSource> point;
-        const int32_t query = start(next + lane, point);
+        start(number, point);
         point.read_location(p);
-        const Corners<acc> corners =
-            place<scalar_t, kSource>(p, point.location(p), batch * p.queries + query, own, level);
-        const int32_t pixel = corners.first_pixel();
-        const int32_t row = pixel == kOutside ? -2 : (pixel - level.start) / level.width;
-        touches = row >= low_row && row <= high_row;
+        const Corners<acc> corners = place(p, point, own, level);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) touches |= is_inside(corners.pixel[j] - begin, pixels);
       }
       const unsigned touching = __ballot_sync(0xffffffff, touches);
-      if (touches) found[near + __popc(touching & ((1u << lane) - 1))] = next + lane;
+      if (touches) found[near + __popc(touching & ((1u << lane) - 1))] = number;
       near += __popc(touching);
+      in_chunk += 32;
+      if (in_chunk == chunk_points) {
+        in_chunk = 0;
+        chunk += kGatherWarps;
+      }
     }
-    more = __syncthreads_or(next < total);
+    more = __syncthreads_or(chunk < chunks);
     direct = copies == 1 && !slicing.keep_sums;
 
     // body(query, weight, corners) for these points, in a fixed order.
@@ -480,17 +646,16 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
           query = start(found[i + lane], point);
           point.read(p);
           Softmax<acc> softmax;
-          if constexpr (kSource == Source::fused) {
+          if constexpr (kIsFused<kSource>) {
             softmax = softmaxes<scalar_t>(p)[(batch * p.queries + query) * p.heads + head];
           }
-          weight = point.weight(p, softmax);
-          corners =
-              place<scalar_t, kSource>(p, point.location(p), batch * p.queries + query, own, level);
+          weight = find_weight(p, point, softmax);
+          corners = place(p, point, own, level);
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           corners.pixel[j] -= begin;
-          if (corners.pixel[j] < 0 || corners.pixel[j] >= pixels) corners.pixel[j] = kOutside;
+          if (!is_inside(corners.pixel[j], pixels)) corners.pixel[j] = kOutside;
         }
         body(query, weight, corners);
       }
@@ -635,14 +800,15 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   constexpr int kRow = kLanes * kVec;
   constexpr int kTeams = kScatterThreads / kLanes;
   constexpr int kBinsPerThread = kBins / kScatterThreads;
-  extern __shared__ Level levels[];
+  extern __shared__ __align__(16) char memory[];
+  LevelOf<scalar_t, kSource>* levels = reinterpret_cast<LevelOf<scalar_t, kSource>*>(memory);
   __shared__ PerCorner<acc> shares[kScatterPoints];  // of each corner, times the weight
   __shared__ int4 pixels[kScatterPoints];
   __shared__ uint16_t order[kScatterPoints];  // of the points
   __shared__ int32_t bins[kBins];             // how many points, then where they start
   __shared__ int32_t queries[kScatterQueries];
 
-  LevelLoader level_loader;
+  LevelLoader<LevelOf<scalar_t, kSource>> level_loader;
   level_loader.load(p);
   level_loader.store(p, levels);
   const int team = threadIdx.x / kLanes;
@@ -673,8 +839,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   const bool has_query = own_query < n_queries;
   const int64_t query_row = has_query ? batch * p.queries + queries[own_query] : 0;
   Softmax<acc> softmax;
-  if constexpr (kSource == Source::fused)
-    softmax = softmaxes<scalar_t>(p)[query_row * p.heads + head];
+  if constexpr (kIsFused<kSource>) softmax = softmaxes<scalar_t>(p)[query_row * p.heads + head];
 
   PointCursor cursor(p, own_first);
   for (int32_t first = 0; first < p.points; first += kStagePoints) {
@@ -683,16 +848,15 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
 
     int32_t own_bin[kPointsPerThread], rank[kPointsPerThread];
     PointReader<scalar_t, kSource> point;
-    point.start(p, query_row * p.heads + head, first + own_first);
+    point.start(p, query_row * p.heads + head, query_row, first + own_first);
 #pragma unroll
     for (int i = 0; i < kPointsPerThread; ++i) {
       const int slot = threadIdx.x * kPointsPerThread + i;
       own_bin[i] = -1;
       if (has_query && first + own_first + i < p.points) {
         point.read(p);
-        const acc weight = point.weight(p, softmax);
-        const Corners<acc> corners = place<scalar_t, kSource>(p, point.location(p), query_row,
-                                                              cursor.level, levels[cursor.level]);
+        const acc weight = find_weight(p, point, softmax);
+        const Corners<acc> corners = place(p, point, cursor.level, levels[cursor.level]);
         pixels[slot] =
             make_int4(corners.pixel[0], corners.pixel[1], corners.pixel[2], corners.pixel[3]);
 #pragma unroll
@@ -790,15 +954,6 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
 
 enum class AddMethod { direct, scatter, gather };
 
-// The most points a level has, of all queries of a (batch, head).
-int64_t max_level_points(const Params& p) {
-  int64_t points = p.points_per_level;
-  for (int32_t l = 0; l < p.levels && p.points_per_level == 0; ++l) {
-    points = std::max<int64_t>(points, p.level_points[l]);
-  }
-  return points * p.queries;
-}
-
 AddMethod find_method(const BackwardParams& p) {
   if (p.deterministic) return AddMethod::gather;
   if (queries_are_pixels(p) && p.value_dtype != DType::f64) return AddMethod::scatter;
@@ -834,8 +989,9 @@ const char* allow_shared_memory(Kernel kernel, int64_t bytes, const char* too_mu
 template <typename scalar_t, int kVec, int kLanes, bool kAdd>
 const char* launch_points(const BackwardParams& p, void* stream) {
   using Layout = cuda::Layout<kLanes, 1>;
-  const int64_t bytes = p.levels * sizeof(Level) + Kept<acc_t<scalar_t>, Layout::kTeams>::bytes(p);
   return with_source<scalar_t>(p, [&](auto source) {
+    const int64_t bytes = p.levels * sizeof(LevelOf<scalar_t, source.value>) +
+                          Kept<acc_t<scalar_t>, Layout::kTeams>::bytes(p);
     const auto kernel = points_kernel<scalar_t, source.value, kVec, kLanes, kAdd>;
     const char* error = allow_shared_memory(
         kernel, bytes, "attention_logits has too many points for the shared memory of this GPU");
@@ -851,20 +1007,30 @@ const char* launch_scatter(const BackwardParams& p, void* stream) {
     return launch(scatter_kernel<scalar_t, source.value, kVec, kLanes>, p,
                   ceil_div<int64_t>(p.queries, kScatterQueries),
                   int64_t(p.heads) * ceil_div(p.channels, kLanes * kVec), kScatterThreads,
-                  p.levels * sizeof(Level), false, stream);
+                  p.levels * sizeof(LevelOf<scalar_t, source.value>), false, stream);
+  });
+}
+
+template <typename scalar_t>
+const char* launch_reach(const BackwardParams& p, void* stream) {
+  return with_source<scalar_t>(p, [&](auto source) {
+    const int64_t warps = int64_t(reach_chunks(p)) * p.heads * p.levels;
+    return launch(reach_kernel<scalar_t, source.value>, p,
+                  ceil_div<int64_t>(warps, kReachThreads / 32), 1, kReachThreads, 0, false, stream);
   });
 }
 
 constexpr int kMaxSlicePixels = 1024, kMinSlicePixels = 128;
-constexpr int kMaxFound = 512;        // points a warp finds at a time, where that is all there are
-constexpr int kFound = 128;           // and where it is not
+constexpr int kFewestSlices = 16;     // of a level, then
+constexpr int kFound = 128;           // points a warp finds at a time then
 constexpr int kSumBytes = 32 * 1024;  // that are kept then
 constexpr int kGatherBytes = 96 * 1024;
 constexpr int kStaticBytes = 1024;  // what the kernel has besides, at most
 
 template <typename scalar_t, int kVec, int kLanes>
 const char* launch_gather(const BackwardParams& p, void* stream) {
-  using Memory = GatherMemory<acc_t<scalar_t>>;
+  // With room for the levels of either source.
+  using Memory = GatherMemory<acc_t<scalar_t>, FusedLevel<acc_t<scalar_t>>>;
   constexpr int kRow = kLanes * kVec, kTeams = kGatherThreads / kLanes;
   int device = 0, multiprocessors = 0, limit = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -886,24 +1052,29 @@ const char* launch_gather(const BackwardParams& p, void* stream) {
   const int64_t to_fill = p.spatial_size * p.batch * rows / (2 * multiprocessors);
   Slicing slicing{static_cast<int32_t>(std::min<int64_t>(
                       std::max<int64_t>(to_fill / 2 * 2, kMinSlicePixels), kMaxSlicePixels)),
-                  static_cast<int32_t>(ceil_div<int64_t>(points, kGatherThreads) * 32), false};
-  if (points > kMaxFound * kGatherWarps ||
-      Memory::bytes(slicing, kTeams, kRow, p.levels) > most_bytes) {
+                  1, static_cast<int32_t>(ceil_div<int64_t>(points, kGatherThreads) * 32), false,
+                  0};
+  if (has_reaches(p) || Memory::bytes(slicing, kTeams, kRow, p.levels) > most_bytes) {
     const int32_t pixels = kSumBytes / (kRow * static_cast<int>(sizeof(acc_t<scalar_t>)));
-    slicing = {std::min(pixels, kMaxSlicePixels), kFound, true};
+    slicing = {std::min(pixels, kMaxSlicePixels), kFewestSlices, kFound, true,
+               has_reaches(p) ? reach_chunks(p) : 0};
     while (slicing.pixels > 2 && Memory::bytes(slicing, kTeams, kRow, p.levels) > most_bytes) {
       slicing.pixels = slicing.pixels / 4 * 2;
     }
   }
   const int64_t bytes = Memory::bytes(slicing, kTeams, kRow, p.levels);
+  const int64_t blocks = slicing.slices(p) * rows;
+  if (blocks > INT32_MAX) {
+    return "value has too many pixels and heads for the deterministic backward";
+  }
   const bool overlap = major >= 9;
   return with_source<scalar_t>(p, [&](auto source) {
     const auto kernel = gather_kernel<scalar_t, source.value, kVec, kLanes>;
     const char* message = allow_shared_memory(
         kernel, bytes, "the backward needs more shared memory than this GPU has");
     if (message) return message;
-    return launch(kernel, p, p.spatial_size / slicing.pixels + p.levels + 1, rows, kGatherThreads,
-                  bytes, source.value != Source::fused && overlap, stream, slicing);
+    return launch(kernel, p, blocks, 1, kGatherThreads, bytes, !kIsFused<source.value> && overlap,
+                  stream, slicing);
   });
 }
 
@@ -925,11 +1096,10 @@ const char* with_row(const Params& p, Function&& function) {
 
 BackwardNeeds backward_needs(const BackwardParams& params) {
   const AddMethod method = find_method(params);
-  const bool separate = method != AddMethod::direct;
-  const int64_t rows = params.batch * params.queries * params.heads;
-  const int64_t softmax =
-      params.value_dtype == DType::f64 ? sizeof(Softmax<double>) : sizeof(Softmax<float>);
-  return {method != AddMethod::gather, separate && params.reference_points ? rows * softmax : 0};
+  if (method == AddMethod::direct) return {true, 0};
+  const bool gather = method == AddMethod::gather;
+  return {!gather,
+          softmax_bytes(params) + (gather && has_reaches(params) ? reach_bytes(params) : 0)};
 }
 
 const char* backward(const BackwardParams& params, void* stream) {
@@ -945,6 +1115,10 @@ const char* backward(const BackwardParams& params, void* stream) {
         return launch_points<scalar_t, vec.value, lanes.value, true>(params, stream);
       });
       return;
+    }
+    if (method == AddMethod::gather && has_reaches(params)) {
+      error = launch_reach<scalar_t>(params, stream);
+      if (error) return;
     }
     error = with_row<scalar_t, kVec>(params, [&](auto vec, auto lanes) {
       return launch_points<scalar_t, vec.value, lanes.value, false>(params, stream);

@@ -1,9 +1,46 @@
 // Multi-scale deformable attention on the GPU, forward: output = sum over points of
 // weight * (bilinear sample of value). launch.cuh tells how teams of lanes share the work.
+#include <limits>
+
 #include "deformable_detr/cuda/launch.cuh"
 
 namespace ms_deform_attn::cuda {
 namespace {
+
+// ----------------------------------------------------------------------------------------- softmax
+
+// The softmax over a row's points, as they come: each lane of the team takes one, and then the
+// next.
+template <typename acc, int kTeam>
+struct RunningSoftmax {
+  acc largest = std::numeric_limits<acc>::lowest();  // so that exp(-inf - largest) is zero
+  acc sum = 0;  // of exp(logit - largest), of this lane's points
+
+  // exp(logit - largest), where -inf is for a lane without a point. A sum of products with what was
+  // returned before is to be multiplied by `shrink`. The whole warp takes part.
+  __device__ __forceinline__ acc take(acc logit, acc& shrink) {
+    acc larger = max(largest, logit);
+#pragma unroll
+    for (int offset = 1; offset < kTeam; offset *= 2) {
+      larger = max(larger, __shfl_xor_sync(0xffffffff, larger, offset));
+    }
+    shrink = exponential(largest - larger);
+    largest = larger;
+    const acc taken = exponential(logit - largest);
+    sum = sum * shrink + taken;
+    return taken;
+  }
+
+  // What makes a weight of what take() returned.
+  __device__ __forceinline__ acc scale() const {
+    acc all = sum;
+#pragma unroll
+    for (int offset = 1; offset < kTeam; offset *= 2) {
+      all += __shfl_xor_sync(0xffffffff, all, offset);
+    }
+    return 1 / all;
+  }
+};
 
 // ------------------------------------------------------------------------------------------ kernel
 
@@ -18,9 +55,12 @@ __global__ void __launch_bounds__(kThreads, kAhead == 1 ? 4 : 3)
   using Rows = cuda::Rows<scalar_t, kVec>;
   // Strips bring more samples into L1, but what half types wait for is instructions.
   constexpr bool kStrips = sizeof(scalar_t) > 2;
-  extern __shared__ Level levels[];
+  constexpr bool kFused = kIsFused<kSource>;
+  extern __shared__ __align__(16) char memory[];
   __shared__ int4 offsets[Layout::kSlots];           // of each corner in value
   __shared__ PerCorner<acc> shares[Layout::kSlots];  // of each corner, times the point's weight
+
+  LevelOf<scalar_t, kSource>* levels = reinterpret_cast<LevelOf<scalar_t, kSource>*>(memory);
 
   const int lane = threadIdx.x % Layout::kTeam;
   const int split = lane / kLanes;
@@ -32,31 +72,21 @@ __global__ void __launch_bounds__(kThreads, kAhead == 1 ? 4 : 3)
   const int64_t first_tile = int64_t(blockIdx.x) * tiles;
   Work work = find_work<Layout>(p, first_tile);
   PointReader<scalar_t, kSource> next;
-  const auto read_next = [&](int32_t first) {
-    if (first + lane < work.points) next.read(p);
-    next.skip(p, Layout::kTeam);
+  const auto start = [&] {
+    next.start(p, work.row, work.query_row(p), lane);
+    if (lane < work.points) next.read(p);
   };
 
   // The first points are on their way while the levels arrive.
-  LevelLoader level_loader;
+  LevelLoader<LevelOf<scalar_t, kSource>> level_loader;
   level_loader.load(p);
-  if (!strips) {
-    next.start(p, work.row, lane);
-    read_next(0);
-  }
+  if (!strips) start();
   level_loader.store(p, levels);
 
   for (int tile = 0; tile < tiles; ++tile) {
     if (tile > 0) work = find_work<Layout>(p, first_tile + tile);
     if (strips) follow_strips(p, levels, work);
-    if (strips || tile > 0) {
-      next.start(p, work.row, lane);
-      read_next(0);
-    }
-    Softmax<acc> softmax;
-    if constexpr (kSource == Source::fused) {
-      softmax = find_softmax<scalar_t, Layout::kTeam>(p, work.row);
-    }
+    if (strips || tile > 0) start();
     const scalar_t* value = static_cast<const scalar_t*>(p.value) +
                             (work.batch * p.spatial_size * p.heads + work.head) * p.channels;
 
@@ -65,29 +95,35 @@ __global__ void __launch_bounds__(kThreads, kAhead == 1 ? 4 : 3)
       const bool has_channel = channel < p.channels;
       const scalar_t* value_part = value + channel;
       acc sum[kVec] = {};
+      RunningSoftmax<acc, Layout::kTeam> softmax;
       // A corner outside is not loaded: its share is zero, and what is left in its place is an
       // earlier corner of this row, or zero.
       Row corner[kAhead][4];
 
-      if (part > 0) {
-        next.start(p, work.row, lane);
-        read_next(0);
-      }
+      if (part > 0) start();
       PointCursor cursor(p, lane);
       for (int32_t first = 0; first < all_points; first += Layout::kTeam) {
         // Each lane works out one point.
+        const bool has_point = first + lane < work.points;
+        acc weight = 0;
+        if constexpr (kFused) {
+          acc shrink;
+          weight = softmax.take(has_point ? next.weight(p) : acc(-INFINITY), shrink);
+#pragma unroll
+          for (int c = 0; c < kVec; ++c) sum[c] *= shrink;
+        }
         Corners<acc> corners;
         PerCorner<acc> share = {};
-        if (first + lane < work.points) {
-          corners = place<scalar_t, kSource>(p, next.location(p), work.query_row(p), cursor.level,
-                                             levels[cursor.level]);
-          const acc weight = next.weight(p, softmax);
+        if (has_point) {
+          if constexpr (!kFused) weight = next.weight(p);
+          corners = place(p, next, cursor.level, levels[cursor.level]);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             share.corner[j] = corners.pixel[j] == kOutside ? 0 : weight * corners.share(j);
           }
         }
-        read_next(first + Layout::kTeam);
+        next.skip(p, Layout::kTeam);
+        if (first + Layout::kTeam + lane < work.points) next.read(p);
         cursor.advance(p, Layout::kTeam);
         __syncwarp();
         offsets[own_slot] = Rows::offsets(p, corners.pixel);
@@ -129,6 +165,11 @@ __global__ void __launch_bounds__(kThreads, kAhead == 1 ? 4 : 3)
 #pragma unroll
         for (int c = 0; c < kVec; ++c) sum[c] += __shfl_xor_sync(0xffffffff, sum[c], offset);
       }
+      if constexpr (kFused) {
+        const acc scale = softmax.scale();
+#pragma unroll
+        for (int c = 0; c < kVec; ++c) sum[c] *= scale;
+      }
       if (work.active() && has_channel && split == 0) {
         Row::pack(sum).store(static_cast<scalar_t*>(p.output) + work.row * p.channels + channel);
       }
@@ -144,7 +185,7 @@ const char* launch_forward(const Params& p, int tiles, void* stream) {
   return with_source<scalar_t>(p, [&](auto source) {
     return launch(forward_kernel<scalar_t, source.value, kVec, kLanes, kSplit, kAhead>, p,
                   tile_blocks<Layout>(p, tiles), head_blocks<Layout>(p), kThreads,
-                  p.levels * sizeof(Level), false, stream, tiles);
+                  p.levels * sizeof(LevelOf<scalar_t, source.value>), false, stream, tiles);
   });
 }
 

@@ -86,12 +86,12 @@ __host__ __device__ __forceinline__ bool queries_are_pixels(const Params& p) {
   return p.queries == p.spatial_size;
 }
 
-template <int kRows>
-__device__ __forceinline__ int64_t query_in_strips(const Params& p, const Level* levels,
+template <int kRows, typename LevelType>
+__device__ __forceinline__ int64_t query_in_strips(const Params& p, const LevelType* levels,
                                                    int64_t query) {
   int32_t first = 0;
   for (int32_t l = 0; l < p.levels; ++l) {
-    const Level level = levels[l];
+    const Level& level = levels[l];
     const int32_t pixels = level.height * level.width;
     if (pixels > p.queries - first) break;  // bad metadata
     const int32_t index = static_cast<int32_t>(query) - first;
@@ -109,29 +109,59 @@ __device__ __forceinline__ int64_t query_in_strips(const Params& p, const Level*
 }
 
 // The same for the row of a team: what find_work gives is its place in the strips.
-__device__ __forceinline__ void follow_strips(const Params& p, const Level* levels, Work& work) {
+template <typename LevelType>
+__device__ __forceinline__ void follow_strips(const Params& p, const LevelType* levels,
+                                              Work& work) {
   if (!work.active()) return;
   const int64_t query = query_in_strips<4>(p, levels, work.query);
   work.row += (query - work.query) * p.heads;
   work.query = query;
 }
 
+// ------------------------------------------------------------------------------------------ source
+
+// How points are given: as locations and weights, or fused as reference points, offsets and logits;
+// all in value's dtype, or mixed: some of them as float beside a half value.
+enum class Source { same, mixed, fused, fused_mixed };
+
+template <Source kSource>
+constexpr bool kIsFused = kSource == Source::fused || kSource == Source::fused_mixed;
+template <Source kSource>
+constexpr bool kIsMixed = kSource == Source::mixed || kSource == Source::fused_mixed;
+
 // ------------------------------------------------------------------------------------------ levels
 
-// Fills the table of levels, in shared memory. A block's threads load() it to registers, may load
-// other things meanwhile, and store() it for all.
+// What kernels keep of a level in shared memory.
+template <typename acc>
+struct FusedLevel : Level {
+  OffsetUnits<acc> units;
+};
+template <typename scalar_t, Source kSource>
+using LevelOf = std::conditional_t<kIsFused<kSource>, FusedLevel<acc_t<scalar_t>>, Level>;
+
+// Fills the table of levels. A block's threads load() it to registers, may load other things
+// meanwhile, and store() it for all.
+template <typename LevelType>
 struct LevelLoader {
-  Level level;
+  LevelType level;
 
   __device__ __forceinline__ void load(const Params& p) {
-    if (threadIdx.x < p.levels) level = read_level(p, threadIdx.x);
+    if (threadIdx.x < p.levels) level = read(p, threadIdx.x);
   }
-  __device__ __forceinline__ void store(const Params& p, Level* table) {
+  __device__ __forceinline__ void store(const Params& p, LevelType* table) {
     if (threadIdx.x < p.levels) table[threadIdx.x] = level;
-    for (int i = threadIdx.x + blockDim.x; i < p.levels; i += blockDim.x) {
-      table[i] = read_level(p, i);
-    }
+    for (int i = threadIdx.x + blockDim.x; i < p.levels; i += blockDim.x) table[i] = read(p, i);
     __syncthreads();
+  }
+  static __device__ __forceinline__ LevelType read(const Params& p, int32_t i) {
+    LevelType level;
+    static_cast<Level&>(level) = read_level(p, i);
+    if constexpr (!std::is_same_v<LevelType, Level>) {
+      if (p.reference_coordinates == 4) {
+        level.units = offset_units<decltype(level.units.box_share)>(p, i, level);
+      }
+    }
+    return level;
   }
 };
 
@@ -162,19 +192,15 @@ struct PointCursor {
 
 // ------------------------------------------------------------------------------------------ points
 
-// How points are given: in value's dtype; with locations or weights of float beside a half value;
-// or as offsets and logits, of either dtype.
-enum class Source { same, mixed, fused };
-
 template <typename acc>
 struct Location {
   acc x, y;
 };
 
-// A row's softmax: weight = exp(logit - largest) * scale.
+// A query's reference point for a level; its box where it has one.
 template <typename acc>
-struct Softmax {
-  acc largest, scale;
+struct Reference {
+  acc x, y, width, height;
 };
 
 // Element `index` of a tensor stored as scalar_t or, beside a half value, as float.
@@ -185,36 +211,68 @@ __device__ __forceinline__ acc_t<scalar_t> load_operand(const void* data, DType 
   return to_acc(static_cast<const scalar_t*>(data)[index]);
 }
 
-// Reads points as they are stored, each before it is needed.
+// N numbers as they are stored. They are not converted yet, as that would wait for them.
+template <typename scalar_t, int N, bool kMixed>
+struct Stored {
+  Vec<scalar_t, N> bits;
+
+  static __device__ __forceinline__ int32_t bytes(DType) { return N * sizeof(scalar_t); }
+  __device__ __forceinline__ void read(const char* at, DType) {
+    bits = Vec<scalar_t, N>::load(reinterpret_cast<const scalar_t*>(at));
+  }
+  __device__ __forceinline__ void unpack(acc_t<scalar_t> (&x)[N], DType) const { bits.unpack(x); }
+};
+// scalar_t is a half type; they may be float.
+template <typename scalar_t, int N>
+struct Stored<scalar_t, N, true> {
+  typename Bits<4 * N>::type bits{};
+
+  static __device__ __forceinline__ int32_t bytes(DType dtype) {
+    return N * (dtype == DType::f32 ? sizeof(float) : sizeof(scalar_t));
+  }
+  __device__ __forceinline__ void read(const char* at, DType dtype) {
+    if (dtype == DType::f32) {
+      bits = Vec<float, N>::load(reinterpret_cast<const float*>(at)).bits;
+    } else {
+      reinterpret_cast<Vec<scalar_t, N>&>(bits) =
+          Vec<scalar_t, N>::load(reinterpret_cast<const scalar_t*>(at));
+    }
+  }
+  __device__ __forceinline__ void unpack(float (&x)[N], DType dtype) const {
+    if (dtype == DType::f32) {
+      reinterpret_cast<const Vec<float, N>&>(bits).unpack(x);
+    } else {
+      reinterpret_cast<const Vec<scalar_t, N>&>(bits).unpack(x);
+    }
+  }
+};
+
+// Reads points, each before it is needed.
 template <typename scalar_t, Source kSource>
 struct PointReader {
   using acc = acc_t<scalar_t>;
-  static constexpr bool kMixed = kSource != Source::same && !std::is_same_v<scalar_t, acc>;
+  static constexpr bool kMixed = kIsMixed<kSource>;
 
-  // The next point to read is number `point` of the row.
-  __device__ __forceinline__ void start(const Params& p, int64_t row, int32_t point) {
+  // The next point to read is number `point` of the row. query_row: see Work.
+  __device__ __forceinline__ void start(const Params& p, int64_t row, int64_t query_row,
+                                        int32_t point) {
     const int64_t index = row * p.points + point;
     location_at_ = static_cast<const char*>(p.sampling_locations) + index * location_bytes(p);
     weight_at_ = static_cast<const char*>(p.attention_weights) + index * weight_bytes(p);
+    if constexpr (kIsFused<kSource>) {
+      references_at_ = static_cast<const char*>(p.reference_points) +
+                       query_row * p.reference_levels * reference_bytes(p);
+    }
   }
   __device__ __forceinline__ void skip(const Params& p, int32_t points) {
     location_at_ += points * location_bytes(p);
     weight_at_ += points * weight_bytes(p);
   }
-  // What is read is not converted yet, as that would wait for it.
   __device__ __forceinline__ void read_location(const Params& p) {
-    if (float_locations(p)) {
-      if constexpr (kMixed) float_location_ = Vec<float, 2>::load(at<float>(location_at_));
-    } else {
-      location_ = Vec<scalar_t, 2>::load(at<scalar_t>(location_at_));
-    }
+    location_.read(location_at_, p.locations_dtype);
   }
   __device__ __forceinline__ void read_weight(const Params& p) {
-    if (float_weights(p)) {
-      if constexpr (kMixed) float_weight_ = Vec<float, 1>::load(at<float>(weight_at_));
-    } else {
-      weight_ = Vec<scalar_t, 1>::load(at<scalar_t>(weight_at_));
-    }
+    weight_.read(weight_at_, p.weights_dtype);
   }
   __device__ __forceinline__ void read(const Params& p) {
     read_location(p);
@@ -224,108 +282,74 @@ struct PointReader {
   // The location, or fused the offset.
   __device__ __forceinline__ Location<acc> location(const Params& p) const {
     acc xy[2];
-    location_.unpack(xy);
-    if constexpr (kMixed) {
-      if (float_locations(p)) float_location_.unpack(xy);
-    }
+    location_.unpack(xy, p.locations_dtype);
     return {xy[0], xy[1]};
   }
   // The weight, or fused the logit.
-  __device__ __forceinline__ acc stored_weight(const Params& p) const {
+  __device__ __forceinline__ acc weight(const Params& p) const {
     acc x[1];
-    weight_.unpack(x);
-    if constexpr (kMixed) {
-      if (float_weights(p)) float_weight_.unpack(x);
-    }
+    weight_.unpack(x, p.weights_dtype);
     return x[0];
   }
-  __device__ __forceinline__ acc weight(const Params& p, const Softmax<acc>& softmax) const {
-    if constexpr (kSource != Source::fused) return stored_weight(p);
-    return std::exp(stored_weight(p) - softmax.largest) * softmax.scale;
+  // Of the point's query. Read only now: all heads and points of a query share it.
+  __device__ __forceinline__ Reference<acc> reference(const Params& p, int32_t level) const {
+    const char* at = references_at_ + (p.reference_levels > 1 ? level * reference_bytes(p) : 0);
+    const bool has_box = p.reference_coordinates == 4;
+    Pair point, box;
+    point.read(at, p.reference_dtype);
+    if (has_box) box.read(at + Pair::bytes(p.reference_dtype), p.reference_dtype);
+    acc xy[2], extent[2] = {};
+    point.unpack(xy, p.reference_dtype);
+    if (has_box) box.unpack(extent, p.reference_dtype);
+    return {xy[0], xy[1], extent[0], extent[1]};
   }
 
  private:
-  const char *location_at_, *weight_at_;
-  Vec<scalar_t, 2> location_;
-  Vec<scalar_t, 1> weight_;
-  Vec<float, 2> float_location_;
-  Vec<float, 1> float_weight_;
+  using Pair = Stored<scalar_t, 2, kMixed>;
+  using One = Stored<scalar_t, 1, kMixed>;
+  const char *location_at_, *weight_at_, *references_at_;
+  Pair location_;
+  One weight_;
 
-  template <typename T>
-  static __device__ __forceinline__ const T* at(const char* x) {
-    return reinterpret_cast<const T*>(x);
-  }
-  static __device__ __forceinline__ bool float_locations(const Params& p) {
-    return kMixed && p.locations_dtype == DType::f32;
-  }
-  static __device__ __forceinline__ bool float_weights(const Params& p) {
-    return kMixed && p.weights_dtype == DType::f32;
-  }
   static __device__ __forceinline__ int32_t location_bytes(const Params& p) {
-    return 2 * (float_locations(p) ? sizeof(float) : sizeof(scalar_t));
+    return Pair::bytes(p.locations_dtype);
   }
   static __device__ __forceinline__ int32_t weight_bytes(const Params& p) {
-    return float_weights(p) ? sizeof(float) : sizeof(scalar_t);
+    return One::bytes(p.weights_dtype);
+  }
+  static __device__ __forceinline__ int32_t reference_bytes(const Params& p) {
+    return p.reference_coordinates / 2 * Pair::bytes(p.reference_dtype);
   }
 };
 
-// A query's reference point for a level; its box where it has one.
-template <typename acc>
-struct Reference {
-  acc x, y, width, height;
-};
-
-template <typename scalar_t>
-__device__ __forceinline__ Reference<acc_t<scalar_t>> read_reference(const Params& p,
-                                                                     int64_t query_row,
-                                                                     int32_t level) {
-  const int64_t index = (query_row * p.reference_levels + (p.reference_levels > 1 ? level : 0)) *
-                        p.reference_coordinates;
-  const auto number = [&](int i) {
-    return load_operand<scalar_t>(p.reference_points, p.reference_dtype, index + i);
-  };
-  const bool box = p.reference_coordinates == 4;
-  return {number(0), number(1), box ? number(2) : 0, box ? number(3) : 0};
-}
-
-// The corners of a point that was read.
+// The corners of a point that was read, of this level.
 template <typename scalar_t, Source kSource>
-__device__ __forceinline__ Corners<acc_t<scalar_t>> place(const Params& p,
-                                                          const Location<acc_t<scalar_t>>& location,
-                                                          int64_t query_row, int32_t level_index,
-                                                          const Level& level) {
+__device__ __forceinline__ Corners<acc_t<scalar_t>> place(
+    const Params& p, const PointReader<scalar_t, kSource>& point, int32_t level_index,
+    const LevelOf<scalar_t, kSource>& level) {
   using acc = acc_t<scalar_t>;
-  if constexpr (kSource != Source::fused) {
+  const Location<acc> location = point.location(p);
+  if constexpr (!kIsFused<kSource>) {
     return Corners<acc>(location.x, location.y, level, p.method);
   } else {
-    const Reference<acc> reference = read_reference<scalar_t>(p, query_row, level_index);
-    const Extents<acc> extents =
-        offset_extents<acc>(p, level_index, level, reference.width, reference.height);
-    return Corners<acc>(
-        Coordinate<acc>(offset_pixel(reference.x, level.width, location.x, extents.x)),
-        Coordinate<acc>(offset_pixel(reference.y, level.height, location.y, extents.y)), level,
-        p.method);
+    const Reference<acc> reference = point.reference(p, level_index);
+    Exact<acc> move_x{location.x, 0}, move_y{location.y, 0};
+    if (p.reference_coordinates == 4) {
+      move_x = multiply(location.x, multiply(reference.width, level.units.x));
+      move_y = multiply(location.y, multiply(reference.height, level.units.y));
+    }
+    return Corners<acc>(Coordinate<acc>(moved_pixel(reference.x, level.width, move_x)),
+                        Coordinate<acc>(moved_pixel(reference.y, level.height, move_y)), level,
+                        p.method);
   }
 }
 
-// The softmax over a row's points, by its team of kTeam lanes. The whole warp takes part.
-template <typename scalar_t, int kTeam>
-__device__ __forceinline__ Softmax<acc_t<scalar_t>> find_softmax(const Params& p, int64_t row) {
-  using acc = acc_t<scalar_t>;
-  const auto logit = [&](int32_t point) {
-    return load_operand<scalar_t>(p.attention_weights, p.weights_dtype, row * p.points + point);
-  };
-  const int lane = threadIdx.x % kTeam;
-  acc largest = -INFINITY, sum = 0;
-  for (int32_t i = lane; i < p.points; i += kTeam) largest = max(largest, logit(i));
-#pragma unroll
-  for (int offset = 1; offset < kTeam; offset *= 2) {
-    largest = max(largest, __shfl_xor_sync(0xffffffff, largest, offset));
-  }
-  for (int32_t i = lane; i < p.points; i += kTeam) sum += std::exp(logit(i) - largest);
-#pragma unroll
-  for (int offset = 1; offset < kTeam; offset *= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
-  return {largest, 1 / sum};
+// exp(x) of x <= 0, to a few units of the last place of 1.
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ float exponential(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
 }
 
 // A number for each corner of a point.
@@ -408,15 +432,22 @@ int64_t head_blocks(const Params& p) {
 // with_source<scalar_t>(p, [&](auto source) { ... source.value ... }): how the points are given.
 template <typename scalar_t, typename Function>
 auto with_source(const Params& p, Function&& function) {
-  if (p.reference_points) {
-    return function(std::integral_constant<Source, Source::fused>{});
-  }
-  if constexpr (!std::is_same_v<scalar_t, acc_t<scalar_t>>) {
-    if (p.locations_dtype != p.value_dtype || p.weights_dtype != p.value_dtype) {
-      return function(std::integral_constant<Source, Source::mixed>{});
+  const auto with = [&](auto same, auto mixed) {
+    if constexpr (!std::is_same_v<scalar_t, acc_t<scalar_t>>) {
+      const DType dtype = p.value_dtype;
+      if (p.locations_dtype != dtype || p.weights_dtype != dtype ||
+          (p.reference_points && p.reference_dtype != dtype)) {
+        return function(mixed);
+      }
     }
+    return function(same);
+  };
+  if (p.reference_points) {
+    return with(std::integral_constant<Source, Source::fused>{},
+                std::integral_constant<Source, Source::fused_mixed>{});
   }
-  return function(std::integral_constant<Source, Source::same>{});
+  return with(std::integral_constant<Source, Source::same>{},
+              std::integral_constant<Source, Source::mixed>{});
 }
 
 // with_lanes<2, 32>(n, [&](auto lanes) { ... lanes.value ... }): the power of two from 2 to 32 at
