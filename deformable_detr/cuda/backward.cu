@@ -223,8 +223,8 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     for (int32_t part = 0; part < p.channels; part += kLanes * kVec) {
       const int32_t channel = part + lane * kVec;
       const bool has_channel = work.active() && channel < p.channels;
-      const scalar_t* value = static_cast<const scalar_t*>(p.value) + origin + channel;
-      acc* grad_value = static_cast<acc*>(p.grad_value) + origin + channel;
+      const scalar_t* value = settled(static_cast<const scalar_t*>(p.value) + origin + channel);
+      acc* grad_value = settled(static_cast<acc*>(p.grad_value) + origin + channel);
       acc grad[kVec] = {};
       if (has_channel) {
         Row::load(static_cast<const scalar_t*>(p.grad_output) + work.row * p.channels + channel)
@@ -455,7 +455,7 @@ struct GatherMemory {
   acc* sums;    // [pixels, or a team][row]
   acc* shares;  // [pair], pixel after pixel: of a point's corner, times its weight
   LevelType* levels;
-  int32_t* queries;  // [pair], of the point
+  int32_t* queries;  // [pair], where the row of the point's query is
   int32_t* starts;   // [pixels + 1], of a pixel's pairs
   int32_t* found;    // [warp][found], points
   uint16_t* places;  // [warp][pixels], where the warp's next pair of a pixel goes
@@ -513,6 +513,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
     gather_kernel(const __grid_constant__ BackwardParams p, const Slicing slicing) {
   using acc = acc_t<scalar_t>;
   using Row = Vec<scalar_t, kVec>;
+  using Rows = cuda::Rows<scalar_t, kVec>;
   constexpr int kRow = kLanes * kVec;  // channels
   constexpr int kTeams = kGatherThreads / kLanes;
   extern __shared__ __align__(16) char memory[];
@@ -530,11 +531,11 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
   const int32_t channel = blockIdx.x % rows % parts * kRow + threadIdx.x % kLanes * kVec;
   const bool has_channel = channel < p.channels;
   const int64_t batch = p.first_batch + blockIdx.z;
-  const int64_t pixel_stride = int64_t(p.heads) * p.channels;
-  scalar_t* grad_value = static_cast<scalar_t*>(p.grad_value) +
-                         batch * p.spatial_size * pixel_stride + head * p.channels + channel;
-  const scalar_t* grad_output = static_cast<const scalar_t*>(p.grad_output) +
-                                (batch * p.queries * p.heads + head) * p.channels + channel;
+  scalar_t* grad_value = settled(static_cast<scalar_t*>(p.grad_value) +
+                                 (batch * p.spatial_size * p.heads + head) * p.channels + channel);
+  const scalar_t* grad_output =
+      settled(static_cast<const scalar_t*>(p.grad_output) +
+              (batch * p.queries * p.heads + head) * p.channels + channel);
 
   // The block's slice: pixels [begin, end) of value. The last levels, which are the coarse ones in
   // most models, come first: their pixels have the most points.
@@ -556,7 +557,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
           in_a_level |= static_cast<uint32_t>(pixel - level.start) <
                         static_cast<uint32_t>(level.height * level.width);
         }
-        if (!in_a_level && has_channel) Row{}.store(grad_value + pixel * pixel_stride);
+        if (!in_a_level && has_channel)
+          Row{}.store(Rows::at(p, grad_value, Rows::offset(p, pixel)));
       }
     }
     return wait_for_previous_kernel();
@@ -710,7 +712,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
         if (pixel != kOutside) {
           if (rank == 0) places[pixel] = static_cast<uint16_t>(at + __popc(peers));
           shared.shares[at] = weight * corners.share(j);
-          shared.queries[at] = query;
+          shared.queries[at] = Rows::offset(p, query);
         }
         __syncwarp();
       }
@@ -729,7 +731,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
             const int32_t at_k = at + k * step;
             share[k] = at_k < last ? shared.shares[at_k] : acc(0);
             if (at_k < last && has_channel) {
-              rows[k] = Row::load(grad_output + shared.queries[at_k] * pixel_stride);
+              rows[k] = Row::load(Rows::at(p, grad_output, shared.queries[at_k]));
             }
           }
 #pragma unroll
@@ -751,7 +753,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
       for (int32_t pixel = team; pixel < pixels; pixel += kTeams) {
         acc sum[kVec] = {};
         add(shared.starts[pixel], shared.starts[pixel + 1], 1, sum);
-        if (has_channel) Row::pack(sum).store(grad_value + (begin + pixel) * pixel_stride);
+        if (has_channel)
+          Row::pack(sum).store(Rows::at(p, grad_value, Rows::offset(p, begin + pixel)));
       }
     } else {
       for (int32_t i = team; i < pixels * copies; i += kTeams) {
@@ -775,7 +778,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
 #pragma unroll
         for (int c = 0; c < kVec; ++c) sum[c] += kept[c];
       }
-      if (has_channel) Row::pack(sum).store(grad_value + (begin + pixel) * pixel_stride);
+      if (has_channel)
+        Row::pack(sum).store(Rows::at(p, grad_value, Rows::offset(p, begin + pixel)));
     }
   }
   wait_for_previous_kernel();
@@ -797,6 +801,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
     scatter_kernel(const __grid_constant__ BackwardParams p) {
   using acc = acc_t<scalar_t>;
   using Row = Vec<scalar_t, kVec>;
+  using Rows = cuda::Rows<scalar_t, kVec>;
   constexpr int kRow = kLanes * kVec;
   constexpr int kTeams = kScatterThreads / kLanes;
   constexpr int kBinsPerThread = kBins / kScatterThreads;
@@ -820,11 +825,11 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   const int64_t first_query = int64_t(blockIdx.x) * kScatterQueries;
   const int32_t n_queries =
       static_cast<int32_t>(min(int64_t(kScatterQueries), p.queries - first_query));
-  const int64_t pixel_stride = int64_t(p.heads) * p.channels;
-  acc* grad_value = static_cast<acc*>(p.grad_value) + batch * p.spatial_size * pixel_stride +
-                    head * p.channels + channel;
-  const scalar_t* grad_output = static_cast<const scalar_t*>(p.grad_output) +
-                                (batch * p.queries * p.heads + head) * p.channels + channel;
+  acc* grad_value = settled(static_cast<acc*>(p.grad_value) +
+                            (batch * p.spatial_size * p.heads + head) * p.channels + channel);
+  const scalar_t* grad_output =
+      settled(static_cast<const scalar_t*>(p.grad_output) +
+              (batch * p.queries * p.heads + head) * p.channels + channel);
 
   if (threadIdx.x < n_queries) {
     queries[threadIdx.x] =
@@ -904,7 +909,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
     acc sums[4][kVec] = {};
     const auto flush = [&](int corner, int32_t pixel) {
       if (pixel != kOutside && has_channel) {
-        atomic_add<kVec>(grad_value + pixel * pixel_stride, sums[corner]);
+        atomic_add<kVec>(Rows::at(p, grad_value, Rows::offset(p, pixel)), sums[corner]);
       }
     };
     for (int i = begin; i < end; ++i) {
@@ -913,7 +918,8 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
       const PerCorner<acc> share = shares[slot];
       Row row;
       if (has_channel) {
-        row = Row::load(grad_output + queries[slot / kStagePoints] * pixel_stride);
+        const int32_t query = queries[slot / kStagePoints];
+        row = Row::load(Rows::at(p, grad_output, Rows::offset(p, query)));
       }
       if (pixel.x != current.x || pixel.y != current.y || pixel.z != current.z ||
           pixel.w != current.w) {

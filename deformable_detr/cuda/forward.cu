@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kAhead == 1 ? 4 : 3)
     for (int32_t part = 0; part < p.channels; part += kLanes * kVec) {
       const int32_t channel = part + lane % kLanes * kVec;
       const bool has_channel = channel < p.channels;
-      const scalar_t* value_part = value + channel;
+      const scalar_t* value_part = settled(value + channel);
       acc sum[kVec] = {};
       RunningSoftmax<acc, Layout::kTeam> softmax;
       // A corner outside is not loaded: its share is zero, and what is left in its place is an

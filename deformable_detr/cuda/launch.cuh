@@ -360,14 +360,22 @@ struct alignas(4 * sizeof(acc)) PerCorner {
 
 // ---------------------------------------------------------------------------------------- pixels
 
-// Finds rows of a tensor like value by pixel. Vectors are counted in 32 bits, so that an address is
+// A pointer that the compiler knows nothing of: it would undo an addition, to do it at each use.
+template <typename T>
+__device__ __forceinline__ T* settled(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
+// Finds rows of a tensor like value. Vectors are counted in 32 bits, so that an address is
 // one multiply-add; fits() tells whether that is enough. Single elements are counted in 64 bits.
 template <typename scalar_t, int kVec>
 struct Rows {
   static bool fits(const Params& p) {
-    return kVec == 1 || p.spatial_size * p.heads * p.channels / kVec <= INT32_MAX;
+    const int64_t rows = std::max(p.spatial_size, p.queries) * p.heads;
+    return kVec == 1 || rows * p.channels / kVec <= INT32_MAX;
   }
-  // Negative for a pixel outside.
+  // Of a pixel, or a query in a tensor like output. Negative for a pixel outside.
   static __device__ __forceinline__ int32_t offset(const Params& p, int32_t pixel) {
     return kVec == 1 ? pixel : pixel * (p.heads * p.channels / kVec);
   }
