@@ -443,7 +443,10 @@ struct Slicing {
     const int32_t share = (ceil_div(level.height * level.width, fewest) + 1) / 2 * 2;
     return min(pixels, max(share, kFewSlicePixels));
   }
-  // At most, and one for the pixels of no level.
+  __device__ __forceinline__ int32_t slices_of(const Level& level) const {
+    return ceil_div(level.height * level.width, pixels_of(level));
+  }
+  // At most, unless levels overlap; and one for the pixels of no slice.
   int64_t slices(const Params& p) const {
     return p.spatial_size / pixels + int64_t(p.levels) * fewest + 1;
   }
@@ -537,32 +540,45 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
       settled(static_cast<const scalar_t*>(p.grad_output) +
               (batch * p.queries * p.heads + head) * p.channels + channel);
 
-  // The block's slice: pixels [begin, end) of value. The last levels, which are the coarse ones in
-  // most models, come first: their pixels have the most points.
-  int32_t slice = (gridDim.x - 1 - blockIdx.x) / rows, own = 0, covered = 0;
-  for (; own < p.levels; ++own) {
-    const int32_t pixels = shared.levels[own].height * shared.levels[own].width;
-    if (shared.levels[own].start == covered) covered += pixels;
-    const int32_t slices = ceil_div(pixels, slicing.pixels_of(shared.levels[own]));
-    if (slice < slices) break;
-    slice -= slices;
-  }
-  if (own == p.levels) {
-    // One block clears what no level covers; there is nothing in good metadata.
-    if (slice == 0 && covered != p.spatial_size) {
+  // The first block clears what is in no slice: nothing, if the levels lie side by side.
+  const int32_t all_slices = gridDim.x / rows - 1;
+  if (blockIdx.x < rows) {
+    // body(level, number of its pixels that are in slices). Levels that overlap may lack slices.
+    const auto for_levels = [&](auto&& body) {
+      int32_t left = all_slices;
+      for (int32_t l = 0; l < p.levels; ++l) {
+        const auto& level = shared.levels[l];
+        const int32_t slices = min(left, slicing.slices_of(level));
+        body(level, min(level.height * level.width, slices * slicing.pixels_of(level)));
+        left -= slices;
+      }
+    };
+    int32_t covered = 0;
+    for_levels([&](const Level& level, int32_t pixels) {
+      if (level.start == covered) covered += pixels;
+    });
+    if (covered != p.spatial_size) {
       for (int32_t pixel = team; pixel < p.spatial_size; pixel += kTeams) {
-        bool in_a_level = false;
-        for (int32_t l = 0; l < p.levels; ++l) {
-          const Level level = shared.levels[l];
-          in_a_level |= static_cast<uint32_t>(pixel - level.start) <
-                        static_cast<uint32_t>(level.height * level.width);
-        }
-        if (!in_a_level && has_channel)
+        bool in_a_slice = false;
+        for_levels([&](const Level& level, int32_t pixels) {
+          in_a_slice |= is_inside(pixel - level.start, pixels);
+        });
+        if (!in_a_slice && has_channel) {
           Row{}.store(Rows::at(p, grad_value, Rows::offset(p, pixel)));
+        }
       }
     }
     return wait_for_previous_kernel();
   }
+  // The others have a slice each: pixels [begin, end) of value. The last levels, which are the
+  // coarse ones in most models, come first: their pixels have the most points.
+  int32_t slice = all_slices - blockIdx.x / rows, own = 0;
+  for (; own < p.levels; ++own) {
+    const int32_t slices = slicing.slices_of(shared.levels[own]);
+    if (slice < slices) break;
+    slice -= slices;
+  }
+  if (own == p.levels) return wait_for_previous_kernel();
   const LevelOf<scalar_t, kSource>& level = shared.levels[own];
   const int32_t slice_pixels = slicing.pixels_of(level);
   const int32_t begin = level.start + slice * slice_pixels;
@@ -818,11 +834,13 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   level_loader.store(p, levels);
   const int team = threadIdx.x / kLanes;
   const int32_t parts = ceil_div(p.channels, kRow);
-  const int32_t head = blockIdx.y / parts;
-  const int32_t channel = blockIdx.y % parts * kRow + threadIdx.x % kLanes * kVec;
+  const int32_t blocks = static_cast<int32_t>(ceil_div<int64_t>(p.queries, kScatterQueries));
+  const int32_t row = blockIdx.x / blocks;
+  const int32_t head = row / parts;
+  const int32_t channel = row % parts * kRow + threadIdx.x % kLanes * kVec;
   const bool has_channel = channel < p.channels;
   const int64_t batch = p.first_batch + blockIdx.z;
-  const int64_t first_query = int64_t(blockIdx.x) * kScatterQueries;
+  const int64_t first_query = int64_t(blockIdx.x % blocks) * kScatterQueries;
   const int32_t n_queries =
       static_cast<int32_t>(min(int64_t(kScatterQueries), p.queries - first_query));
   acc* grad_value = settled(static_cast<acc*>(p.grad_value) +
@@ -992,6 +1010,9 @@ const char* allow_shared_memory(Kernel kernel, int64_t bytes, const char* too_mu
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+constexpr char kTooManyPoints[] =
+    "attention_logits has too many points for the shared memory of this GPU";
+
 template <typename scalar_t, int kVec, int kLanes, bool kAdd>
 const char* launch_points(const BackwardParams& p, void* stream) {
   using Layout = cuda::Layout<kLanes, 1>;
@@ -999,8 +1020,7 @@ const char* launch_points(const BackwardParams& p, void* stream) {
     const int64_t bytes = p.levels * sizeof(LevelOf<scalar_t, source.value>) +
                           Kept<acc_t<scalar_t>, Layout::kTeams>::bytes(p);
     const auto kernel = points_kernel<scalar_t, source.value, kVec, kLanes, kAdd>;
-    const char* error = allow_shared_memory(
-        kernel, bytes, "attention_logits has too many points for the shared memory of this GPU");
+    const char* error = allow_shared_memory(kernel, bytes, kTooManyPoints);
     if (error) return error;
     return launch(kernel, p, tile_blocks<Layout>(p, 1), head_blocks<Layout>(p), kThreads, bytes,
                   false, stream);
@@ -1010,9 +1030,9 @@ const char* launch_points(const BackwardParams& p, void* stream) {
 template <typename scalar_t, int kVec, int kLanes>
 const char* launch_scatter(const BackwardParams& p, void* stream) {
   return with_source<scalar_t>(p, [&](auto source) {
+    const int64_t rows = int64_t(p.heads) * ceil_div(p.channels, kLanes * kVec);
     return launch(scatter_kernel<scalar_t, source.value, kVec, kLanes>, p,
-                  ceil_div<int64_t>(p.queries, kScatterQueries),
-                  int64_t(p.heads) * ceil_div(p.channels, kLanes * kVec), kScatterThreads,
+                  ceil_div<int64_t>(p.queries, kScatterQueries) * rows, 1, kScatterThreads,
                   p.levels * sizeof(LevelOf<scalar_t, source.value>), false, stream);
   });
 }
@@ -1096,6 +1116,15 @@ const char* with_row(const Params& p, Function&& function) {
   });
 }
 
+template <typename scalar_t, int kMax, bool kAdd>
+const char* launch_points(const BackwardParams& p, void* stream) {
+  const char* error = with_row<scalar_t, kMax>(p, [&](auto vec, auto lanes) {
+    return launch_points<scalar_t, vec.value, lanes.value, kAdd>(p, stream);
+  });
+  // Fused, a block keeps its rows' points: then fewer rows a block.
+  return error == kTooManyPoints ? launch_points<scalar_t, 1, 32, kAdd>(p, stream) : error;
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------- entry
@@ -1117,18 +1146,14 @@ const char* backward(const BackwardParams& params, void* stream) {
     // A lane's channels fill 16 bytes of sums, so that what a team adds is contiguous.
     constexpr int kSumVec = 16 / sizeof(acc_t<scalar_t>);
     if (method == AddMethod::direct) {
-      error = with_row<scalar_t, kSumVec>(params, [&](auto vec, auto lanes) {
-        return launch_points<scalar_t, vec.value, lanes.value, true>(params, stream);
-      });
+      error = launch_points<scalar_t, kSumVec, true>(params, stream);
       return;
     }
     if (method == AddMethod::gather && has_reaches(params)) {
       error = launch_reach<scalar_t>(params, stream);
       if (error) return;
     }
-    error = with_row<scalar_t, kVec>(params, [&](auto vec, auto lanes) {
-      return launch_points<scalar_t, vec.value, lanes.value, false>(params, stream);
-    });
+    error = launch_points<scalar_t, kVec, false>(params, stream);
     if (error) return;
     error = with_row<scalar_t, kSumVec>(params, [&](auto vec, auto lanes) {
       if constexpr (!std::is_same_v<scalar_t, double>) {

@@ -44,13 +44,20 @@ struct RunningSoftmax {
 
 // ------------------------------------------------------------------------------------------ kernel
 
+// Half types are faster in small blocks, which end sooner: hardly anything waits in common.
+template <typename scalar_t>
+constexpr int kForwardThreads = sizeof(scalar_t) == 2 ? kThreads / 2 : kThreads;
+// That many of them share a multiprocessor's registers.
+template <typename scalar_t, int kAhead>
+constexpr int kForwardBlocks = (kAhead == 1 ? 1024 : 768) / kForwardThreads<scalar_t>;
+
 // kSplit groups of kLanes lanes share a row: each adds up every kSplit-th point. The corners of
 // kAhead points are loaded before they are used: more are under way at a time, but fewer warps fit.
 template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, int kAhead>
-__global__ void __launch_bounds__(kThreads, kAhead == 1 ? 4 : 3)
+__global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scalar_t, kAhead>)
     forward_kernel(const __grid_constant__ Params p, int tiles) {
   using acc = acc_t<scalar_t>;
-  using Layout = cuda::Layout<kLanes, kSplit>;
+  using Layout = cuda::Layout<kLanes, kSplit, kForwardThreads<scalar_t>>;
   using Row = Vec<scalar_t, kVec>;
   using Rows = cuda::Rows<scalar_t, kVec>;
   // Strips bring more samples into L1, but what half types wait for is instructions.
@@ -181,10 +188,10 @@ __global__ void __launch_bounds__(kThreads, kAhead == 1 ? 4 : 3)
 
 template <typename scalar_t, int kVec, int kLanes, int kSplit, int kAhead>
 const char* launch_forward(const Params& p, int tiles, void* stream) {
-  using Layout = cuda::Layout<kLanes, kSplit>;
+  using Layout = cuda::Layout<kLanes, kSplit, kForwardThreads<scalar_t>>;
   return with_source<scalar_t>(p, [&](auto source) {
     return launch(forward_kernel<scalar_t, source.value, kVec, kLanes, kSplit, kAhead>, p,
-                  tile_blocks<Layout>(p, tiles), head_blocks<Layout>(p), kThreads,
+                  tile_blocks<Layout>(p, tiles), head_blocks<Layout>(p), kForwardThreads<scalar_t>,
                   p.levels * sizeof(LevelOf<scalar_t, source.value>), false, stream, tiles);
   });
 }

@@ -31,10 +31,10 @@ __host__ __device__ constexpr integer_t ceil_div(integer_t a, integer_t b) {
 
 // How a block's threads are cut into teams, and its tile into queries and heads. kLanes lanes hold
 // a row's channels, 16 bytes each; kSplit such groups share the points of one row.
-template <int kLanes, int kSplit>
+template <int kLanes, int kSplit, int kBlock = kThreads>
 struct Layout {
   static constexpr int kTeam = kLanes * kSplit;
-  static constexpr int kTeams = kThreads / kTeam;
+  static constexpr int kTeams = kBlock / kTeam;
   static constexpr int kTileHeads = kLanes < 8 ? 8 / kLanes : 1;
   static constexpr int kTileQueries = kTeams / kTileHeads;
 
@@ -43,7 +43,7 @@ struct Layout {
   // the points of one team in different banks.
   static constexpr int kWarpTeams = 32 / kTeam;
   static constexpr int kPitch = kWarpTeams + (kWarpTeams > 4 ? kWarpTeams / 4 : kWarpTeams > 1);
-  static constexpr int kSlots = kThreads / 32 * kTeam * kPitch;
+  static constexpr int kSlots = kBlock / 32 * kTeam * kPitch;
 
   // Where this thread's team keeps its point 0; point i is i * kPitch further.
   static __device__ __forceinline__ int first_slot() {
