@@ -1,60 +1,55 @@
 """``python -m benchmarks``: this kernel against eager ones and its peers, on this machine."""
 
 import argparse
-import json
 import sys
-import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from . import environment
-from .implementations import BASELINE, IMPLEMENTATIONS, KERNEL
+from .implementations import BASELINE, IMPLEMENTATIONS, OURS
 from .peers import PEERS
+from .records import Results
 from .suite import DTYPES, PASSES, Plan, run
 from .table import build_table
 from .timing import Effort
-from .workloads import WORKLOADS, select
+from .workloads import CANONICAL, WORKLOADS, select
 
-RESULTS = Path(__file__).parent / "results"
-DEFAULT_WORKLOADS = ["seed_*", "ddetr_encoder_b1", "rtdetr_decoder_b16", "mask2former_b2"]
+# Each is a module with a main; without one of these names, the suite itself runs.
+COMMANDS = ("models", "seed", "compare", "report", "figures", "readme")
+_EPILOG = f"Other commands, each with a --help of its own: {', '.join(COMMANDS)}."
+DEFAULT_WORKLOADS = [
+    "seed_b1_q100",
+    "seed_b2_q300",
+    "ddetr_encoder_b1",
+    "rtdetr_decoder_b16",
+    "mask2former_b2",
+]
 QUICK_WORKLOADS = ["seed_*", "rtdetr_decoder_b16"]
-DEFAULT_IMPLEMENTATIONS = [BASELINE, "grid_sample", KERNEL]
+DEFAULT_IMPLEMENTATIONS = [BASELINE, "grid_sample", *OURS]
 # Compiling takes up to half a minute a workload: not for a first look.
-CPU_IMPLEMENTATIONS = [BASELINE, "grid_sample", "grid_sample_compiled", KERNEL]
+CPU_IMPLEMENTATIONS = [BASELINE, "grid_sample", "grid_sample_compiled", *OURS]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the suite; the exit status is 1 if this project's kernel was wrong or failed."""
-    plan, out = _parse(arguments)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    records: list[dict] = []
-    try:
-        with out.open("a", encoding="utf-8") as lines:
-            for record in run(plan):
-                records.append(record)
-                print(json.dumps(record), file=lines, flush=True)
-    finally:  # an interrupted run has measured something, too
-        if records:
-            console = Console()
-            if not console.is_terminal:
-                console.width = 160
-            console.print(build_table(records))
-            console.print(f"Written to {out}", highlight=False, soft_wrap=True)
-    return int(any(record["impl"] == KERNEL and _is_wrong(record) for record in records))
+    """Runs the suite, or the command named first.
+
+    Returns:
+        The exit status, of the suite 1 if this project's kernel was wrong or failed.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return import_module(f".{arguments[0]}", __package__).main(arguments[1:])
+    plan, results = _parse(arguments)
+    return results.collect(run(plan, results), build_table, lambda r: r["impl"] in OURS)
 
 
 def _list(names) -> str:
     return ", ".join(names)
 
 
-def _is_wrong(record: dict) -> bool:
-    return not record["ok"] and (record["err"] or {}).get("type") != "Unsupported"
-
-
-def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
-    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+def _parse(arguments: list[str] | None) -> tuple[Plan, Results]:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, epilog=_EPILOG)
     cuda = torch.cuda.is_available()
 
     def names(option: str, known, default: str):
@@ -65,7 +60,7 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
             help=f"names, globs or all; default: {default}; known: {_list(known)}",
         )
 
-    names("--workloads", WORKLOADS, " ".join(DEFAULT_WORKLOADS))
+    names("--workloads", WORKLOADS, " ".join(DEFAULT_WORKLOADS) + "; all: without scaling_*")
     names("--impls", IMPLEMENTATIONS, " ".join(DEFAULT_IMPLEMENTATIONS) + "; on a CPU all")
     parser.add_argument("--peers", action="store_true", help=f"and what is there of {_list(PEERS)}")
     names("--dtypes", DTYPES, "float32; on a GPU float16 and bfloat16, too")
@@ -73,6 +68,7 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
     parser.add_argument("--reps", type=int, help="calls per row; default: what fits in a second")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
+    parser.add_argument("--resume", action="store_true", help="skip what --out has measured")
     parser.add_argument("--quick", action="store_true", help="a first look: small, fewer calls")
     options = parser.parse_args(arguments)
     if options.reps is not None and options.reps < 1:
@@ -86,7 +82,10 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
     on_gpu = device.type == "cuda"
     default_dtypes = ["float32", "float16", "bfloat16"] if on_gpu else ["float32"]
     default_passes = ["all"] if on_gpu else ["forward", "backward"]
-    workloads = QUICK_WORKLOADS if options.quick else DEFAULT_WORKLOADS
+    workloads = options.workloads or (QUICK_WORKLOADS if options.quick else DEFAULT_WORKLOADS)
+    if "all" in workloads:
+        workloads = [*workloads, *CANONICAL]
+        workloads.remove("all")
     full_cpu = not on_gpu and not options.quick
     implementations = options.impls or (
         CPU_IMPLEMENTATIONS if full_cpu else DEFAULT_IMPLEMENTATIONS
@@ -101,17 +100,17 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Path]:
     )
     try:
         plan = Plan(
-            select(options.workloads or workloads, list(WORKLOADS)),
+            select(workloads, list(WORKLOADS)),
             select(implementations, list(IMPLEMENTATIONS)),
             select(options.dtypes or default_dtypes, list(DTYPES)),
             select(options.passes or default_passes, PASSES),
             device,
             effort,
         )
+        results = Results.open(options.out, "", device, options.resume)
     except ValueError as error:
         parser.error(str(error))
-    name = f"{environment.slug(environment.describe(device))}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return plan, options.out or RESULTS / f"{name}.local.jsonl"
+    return plan, results
 
 
 if __name__ == "__main__":

@@ -51,6 +51,15 @@ class Verdict:
         # Written so that a NaN is not ok.
         return all(self.errors[name] <= self.tolerances[name] for name in self.errors)
 
+    def __and__(self, other: "Verdict") -> "Verdict":
+        """Of both answers, to the same queries."""
+        return Verdict(
+            self.errors | other.errors,
+            self.tolerances | other.tolerances,
+            max(self.absmax, other.absmax),
+            self.queries,
+        )
+
     def as_record(self) -> dict:
         """The ``corr`` field of a record."""
         return {
@@ -112,15 +121,20 @@ class Expected:
         """Compares what a backward made of ``checked_grad_output``.
 
         Args:
-            of_logits: the last gradient is that of logits whose softmax the weights are.
+            of_logits: the gradient of the weights is that of logits whose softmax they are.
         """
-        grad_value, grad_locations, grad_weights = gradients
+        grad_value, grad_locations, grad_weights, *grad_references = gradients
         actual = (grad_value, grad_locations[:, self.queries], grad_weights[:, self.queries])
         expected = self.gradients
         names = ["grad_value", "grad_sampling_locations", "grad_attention_weights"]
         if of_logits:
             expected = (*expected[:2], self._of_logits(expected[2]))
             names[2] = "grad_attention_logits"
+        if grad_references:
+            # A reference point moves all locations of its query: those of a (query, head, point).
+            names.append("grad_reference_points")
+            actual = (*actual, grad_references[0][:, self.queries].flatten(2))
+            expected = (*expected, expected[1].flatten(2, -2).sum(2))
         return self._compare(dict(zip(names, zip(actual, expected))))
 
     def _of_logits(self, grad_weights: torch.Tensor) -> torch.Tensor:
@@ -138,7 +152,7 @@ class Expected:
                 )
             difference = actual.double() - expected
             errors[name] = float(difference.norm() / expected.norm())
-            is_location = name == "grad_sampling_locations"
+            is_location = name in ("grad_sampling_locations", "grad_reference_points")
             tolerances[name] = (LOCATION_TOLERANCES if is_location else TOLERANCES)[actual.dtype]
             absmax = max(absmax, float(difference.abs().max()))
         return Verdict(errors, tolerances, absmax, len(self.queries))

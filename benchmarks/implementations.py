@@ -9,8 +9,8 @@ import torch
 from kernels import get_kernel
 from torch.nn import functional as F
 
-from .benchmark import Workload
-from .operators import Implementation, Operator, Unsupported, for_points_of
+from .benchmark import Inputs, Workload
+from .operators import Gradients, Implementation, Operator, Unsupported, for_points_of
 from .peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,8 +136,53 @@ def _load_kernel(workload: Workload) -> Operator:
         return Operator(forward)
 
 
+def _load_fused(workload: Workload) -> Operator:
+    """From reference points, offsets and logits, which a model's linear layers give."""
+    counts = torch.tensor(workload.points_per_level)
+    sizes = torch.tensor(workload.shapes).flip(1).repeat_interleave(counts, 0)  # of each point
+
+    def arrange(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        value, shapes, starts, locations, weights = inputs
+        per_point = _per_point(locations, sizes)
+        # One reference point a query, amid its points.
+        references = locations.double().flatten(2, -2).mean(2)[:, :, None].to(locations.dtype)
+        around = references.double().view(*references.shape[:2], *[1] * (locations.ndim - 3), 2)
+        offsets = (locations.double() - around) * per_point
+        logits = weights.double().log().to(weights.dtype)
+        return value, shapes, starts, references, offsets.to(locations.dtype), logits
+
+    def meaning(inputs: Inputs) -> Inputs:
+        value, shapes, starts, references, offsets, logits = arrange(inputs)
+        around = references.double().view(*references.shape[:2], *[1] * (offsets.ndim - 3), 2)
+        locations = around + offsets.double() / _per_point(offsets, sizes)
+        weights = logits.double().flatten(3).softmax(-1).view_as(logits)
+        return Inputs(value, shapes, starts, locations, weights)
+
+    def gradients(grads: tuple[torch.Tensor, ...]) -> Gradients:
+        grad_value, grad_references, grad_offsets, grad_logits = grads
+        # In its own dtype: the checks tell the tolerance from it.
+        grad_locations = grad_offsets.double() * _per_point(grad_offsets, sizes)
+        return grad_value, grad_locations.to(grad_offsets.dtype), grad_logits, grad_references
+
+    return Operator(
+        for_points_of(workload, get_project_kernel().fused_ms_deform_attn),
+        arrange=arrange,
+        gradients=gradients,
+        takes_logits=True,
+        meaning=meaning,
+    )
+
+
+def _per_point(tensor: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """``sizes``, (all points, 2), on the tensor's device, by level and point where it is so."""
+    sizes = sizes.to(tensor.device, torch.float64)
+    return sizes.view(tensor.shape[3:]) if tensor.ndim == 6 else sizes
+
+
 BASELINE = "seed_eager"  # speed-ups are over this one
 KERNEL = "deformable_detr"
+FUSED = "deformable_detr_fused"
+OURS = (KERNEL, FUSED)
 
 IMPLEMENTATIONS = {
     BASELINE: Implementation(
@@ -152,5 +197,6 @@ IMPLEMENTATIONS = {
         {"family": "pytorch", "backend": "compiled"}, _load_grid_sample_compiled
     ),
     KERNEL: Implementation({"family": "hf-kernels", "backend": "native"}, _load_kernel),
+    FUSED: Implementation({"family": "hf-kernels", "backend": "native"}, _load_fused),
     **PEERS,
 }

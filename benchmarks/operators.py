@@ -13,7 +13,8 @@ from .benchmark import Inputs, Workload
 # A function of the tensors that ``Operator.arrange`` returns, giving (batch, queries,
 # heads * channels).
 Forward = Callable[..., torch.Tensor]
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of value, locations and weights
+# Of value, locations and weights; then, from an operator that has them, of its reference points.
+Gradients = tuple[torch.Tensor, ...]
 
 
 class Unsupported(Exception):
@@ -33,6 +34,11 @@ class Operator(NamedTuple):
     gradients: Callable[[tuple[torch.Tensor, ...]], Gradients] = tuple
     # Whether the peer takes the softmax itself, so that its last gradient is that of logits.
     takes_logits: bool = False
+    # Whether autograd goes through forward.
+    differentiable: bool = True
+    # The inputs that the arranged tensors stand for, in float64, where rounding these makes them
+    # others than those of the workload.
+    meaning: Callable[[Inputs], Inputs] | None = None
 
     def prepare_backward(self, inputs: Inputs) -> Callable[[torch.Tensor], tuple]:
         """A function of grad_output that does the backward's work and no other.
@@ -43,15 +49,39 @@ class Operator(NamedTuple):
         arguments = self.arrange(inputs)
         if self.backward is not None:
             return lambda grad_output: self.backward(*arguments, grad_output)
-        arguments = [
-            tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
-            for tensor in arguments
-        ]
-        leaves = [tensor for tensor in arguments if tensor.requires_grad]
+        arguments, leaves = _require_gradients(arguments)
         output = self.forward(*arguments)
         return lambda grad_output: torch.autograd.grad(
             output, leaves, grad_output, retain_graph=True
         )
+
+    def prepare_step(self, inputs: Inputs) -> Callable[[torch.Tensor], tuple[torch.Tensor, tuple]]:
+        """A function of grad_output that does a forward and its backward.
+
+        It returns the output and the gradients of the arranged floating-point tensors.
+        """
+        arguments = self.arrange(inputs)
+        if not self.differentiable:
+            return lambda grad_output: (
+                self.forward(*arguments),
+                self.backward(*arguments, grad_output),
+            )
+        arguments, leaves = _require_gradients(arguments)
+
+        def step(grad_output):
+            output = self.forward(*arguments)
+            return output.detach(), torch.autograd.grad(output, leaves, grad_output)
+
+        return step
+
+
+def _require_gradients(tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tensors, those of floating point new leaves of autograd; and these leaves."""
+    tensors = [
+        tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+        for tensor in tensors
+    ]
+    return tensors, [tensor for tensor in tensors if tensor.requires_grad]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ def _load_community(workload: Workload) -> Operator:
     return Operator(
         lambda *arguments: kernel.ms_deform_attn_forward(*arguments, IM2COL_STEP),
         lambda *arguments: kernel.ms_deform_attn_backward(*arguments, IM2COL_STEP),
+        differentiable=False,
     )
 
 

@@ -28,6 +28,7 @@ from .benchmark import Inputs, Workload
 from .checks import Expected, Verdict
 from .implementations import IMPLEMENTATIONS
 from .operators import Operator
+from .records import Results
 from .timing import Effort, summarize, time_device, time_latency, timed_call
 from .workloads import WORKLOADS, make_inputs
 
@@ -40,7 +41,9 @@ DTYPES = {
     "float16_autocast": (torch.float16, torch.float32),
     "bfloat16_autocast": (torch.bfloat16, torch.float32),
 }
-PASSES = ("forward", "backward", "latency")  # latency: of a forward call, launch and wait included
+# forward_backward: both under autograd, as in training. latency: of a forward call, launch and wait
+# included.
+PASSES = ("forward", "backward", "forward_backward", "latency")
 
 
 @dataclass(frozen=True)
@@ -110,32 +113,47 @@ class Case:
         )
         self.inputs_bytes = sum(tensor.nbytes for tensor in self.inputs)
         self.expected = Expected(self.sizes, self.inputs)
+        self._expected_of_meaning = cache(
+            lambda meaning: Expected(self.sizes, meaning(self.inputs))
+        )
 
     def prepare(self, pass_name: str, operator: Operator) -> "Calls":
+        expected = self.expected
+        if operator.meaning is not None:
+            expected = self._expected_of_meaning(operator.meaning)
+
+        def judge(result):
+            return expected.check_gradients(operator.gradients(result), operator.takes_logits)
+
         if pass_name == "backward":
             backward = operator.prepare_backward(self.inputs)
             return Calls(
-                timed=lambda: backward(self.expected.grad_output),
-                checked=lambda: backward(self.expected.checked_grad_output),
-                judge=lambda result: self.expected.check_gradients(
-                    operator.gradients(result), operator.takes_logits
-                ),
+                timed=lambda: backward(expected.grad_output),
+                checked=lambda: backward(expected.checked_grad_output),
+                judge=judge,
+            )
+        if pass_name == "forward_backward":
+            step = operator.prepare_step(self.inputs)
+            return Calls(
+                timed=lambda: step(expected.grad_output),
+                checked=lambda: step(expected.checked_grad_output),
+                judge=lambda result: expected.check_output(result[0]) & judge(result[1]),
             )
         arguments = operator.arrange(self.inputs)
 
         def forward():
             return operator.forward(*arguments)
 
-        return Calls(timed=forward, checked=forward, judge=self.expected.check_output)
+        return Calls(timed=forward, checked=forward, judge=expected.check_output)
 
     def bounds(self, pass_name: str) -> dict[str, float | None]:
         """The floor and the ceiling of a pass; None where they are not known."""
         if self.limits is None or pass_name == "latency":
             return {"floor_ms": None, "ceiling_ms": None}
-        passes = 2 if pass_name == "backward" else 1
+        forwards = {"forward": 1, "backward": 2, "forward_backward": 3}[pass_name]
         return {
             "floor_ms": self.limits.floor_ms(self.inputs, pass_name),
-            "ceiling_ms": self._gather_ms and passes * self._gather_ms,
+            "ceiling_ms": self._gather_ms and forwards * self._gather_ms,
         }
 
     @cached_property
@@ -151,10 +169,11 @@ class Calls(NamedTuple):
     judge: Callable[[object], Verdict]  # of what ``checked`` returned
 
 
-def run(plan: Plan) -> Iterator[dict]:
-    """Yields a record for every combination; what fails is recorded and survived.
+def run(plan: Plan, results: Results) -> Iterator[dict]:
+    """Yields a record for every combination that ``results`` does not have yet.
 
-    An implementation that is not there has one record, whose workload, dtype and pass are "all".
+    What fails is recorded and survived. An implementation that is not there has one record, whose
+    workload, dtype and pass are "all".
     """
     env = environment.describe(plan.device)
     limits = None
@@ -169,7 +188,8 @@ def run(plan: Plan) -> Iterator[dict]:
             present.append(implementation)
         except Exception as error:  # whatever importing a foreign package may raise
             every = {"name": "all", "dtype": "all", "pass": "all"}
-            yield _record(head, implementation, every, _explain("Unavailable", error))
+            if not results.has(implementation, every, env):
+                yield _record(head, implementation, every, _explain("Unavailable", error))
     plan = replace(plan, implementations=present)
     with tqdm(total=len(plan), unit="row", dynamic_ncols=True) as progress:
         for workload, dtype in product(plan.workloads, plan.dtypes):
@@ -186,8 +206,9 @@ def run(plan: Plan) -> Iterator[dict]:
                         "dtype": dtype,
                         "pass": pass_name,
                     }
-                    result = _measure_or_explain(draw, load, pass_name, plan.effort)
-                    yield _record(head, implementation, case, result)
+                    if not results.has(implementation, case, env):
+                        result = _measure_or_explain(draw, load, pass_name, plan.effort)
+                        yield _record(head, implementation, case, result)
                     progress.update()
 
 
@@ -235,7 +256,7 @@ def _measure_or_explain(
 
 def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> dict:
     on_gpu = case.device.type == "cuda"
-    with torch.set_grad_enabled(pass_name == "backward"):
+    with torch.set_grad_enabled("backward" in pass_name):
         before = torch.cuda.memory_allocated(case.device) if on_gpu else 0
         calls = case.prepare(pass_name, operator)
         prepared_bytes = torch.cuda.memory_allocated(case.device) - before if on_gpu else 0

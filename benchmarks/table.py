@@ -7,15 +7,14 @@ README.md's table is made by the second.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from . import environment
 from .implementations import BASELINE, KERNEL
+from .records import case_of, is_absent, read, show
 from .workloads import WORKLOADS, select
 
 LIMITS = ("floor_ms", "ceiling_ms")
@@ -24,7 +23,7 @@ LIMITS = ("floor_ms", "ceiling_ms")
 def build_table(records: list[dict]) -> Table:
     """One row per record; speed-ups are over the baseline's row of the same workload and pass."""
     has_limits = any(record.get("floor_ms") for record in records)
-    baselines = {_case(record): record for record in records if record["impl"] == BASELINE}
+    baselines = {case_of(record): record for record in records if record["impl"] == BASELINE}
     env = records[0]["env"]
     caption = (
         "Times are medians. Errors are relative norms against float64, of the tensor that is "
@@ -47,7 +46,7 @@ def build_table(records: list[dict]) -> Table:
 
     previous = None
     for record in sorted(records, key=_case_order(records)):
-        case = _case(record)
+        case = case_of(record)
         if previous not in (None, case):
             table.add_section()
         names = case if case != previous else ("", "", "")
@@ -57,12 +56,72 @@ def build_table(records: list[dict]) -> Table:
     return table
 
 
+def build_models_table(records: list[dict]) -> Table:
+    """One row per record of models.py; speed-ups are over transformers as it is."""
+    env = records[0]["env"]
+    table = Table(
+        title=f"{environment.device_name(env)}, torch {env['torch']}, "
+        f"transformers {env['transformers']}, {env['threads']} CPU threads",
+        caption=(
+            "Times are medians of whole forwards, or of whole training steps. The error is the "
+            "sampling operator's against float64 inside the model, its largest."
+        ),
+    )
+    for column in ("model", "dtype", "mode", "implementation"):
+        table.add_column(column, no_wrap=True)
+    for column in ("time", "IQR", "images/s", "speed-up", "peak memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("error", overflow="fold")
+    baselines = {case_of(record): record for record in records if record["impl"] == "eager"}
+    previous = None
+    for record in sorted(records, key=_case_order(records)):
+        if previous not in (None, case_of(record)):
+            table.add_section()
+        names = case_of(record) if case_of(record) != previous else ("", "", "")
+        table.add_row(
+            *names, record["impl"], *model_figures(record, baselines.get(case_of(record)))
+        )
+        previous = case_of(record)
+    return table
+
+
+def model_figures(record: dict, baseline: dict | None) -> tuple[str | Text, ...]:
+    """(time, IQR, images/s, speed-up, peak memory, error) of a record of models.py.
+
+    Eager models are wrong in half types on large maps, which is what they are compared for: their
+    time stands, and the error says so.
+    """
+    if record["err"] is not None:
+        return *["-"] * 5, _failure(record)
+    median, iqr = record["lat_ms"]["p50"], record["lat_ms"]["iqr"]
+    ratio = "-"
+    if baseline is not None and baseline["err"] is None:
+        ratio = f"{baseline['lat_ms']['p50'] / median:.2f}x"
+    # What CUDA graphs hold is not in the allocator's count.
+    counted = record["peak_bytes"] is not None and record["tags"]["backend"] != "compiled"
+    peak = f"{record['peak_bytes'] / 1e9:.2f} GB" if counted else "-"
+    error = Text(f"{record['corr']['error']['operator']:.0e}")
+    if record["corr"]["not_finite"]:
+        error = Text(f"{record['corr']['not_finite'][0]} is not finite")
+    if not record["ok"]:
+        error = Text(f"WRONG: {error}", style="red")
+    rate = f"{record['images_per_s']:#.3g}".rstrip(".")
+    return format_ms(median), format_ms(iqr), rate, ratio, peak, error
+
+
+def _failure(record: dict) -> Text:
+    reason = f"{record['err']['type']}: {record['err']['msg']}".splitlines()[0]
+    if is_absent(record):
+        return Text(reason[0].lower() + reason[1:])
+    return Text(f"failed: {reason}", style="red")
+
+
 def build_markdown(records: list[dict]) -> str:
     """This kernel's device times in us beside its limits and the fastest right other one.
 
     Of records of the same case, the last counts.
     """
-    latest = {(_case(record), record["impl"]): record for record in records}
+    latest = {(case_of(record), record["impl"]): record for record in records}
     ours = [record for (_, name), record in latest.items() if name == KERNEL]
     env = ours[0]["env"]
     details = [f"torch {env['torch']}", ours[0]["ts"][:10]]
@@ -82,7 +141,7 @@ def build_markdown(records: list[dict]) -> str:
         head += [f"{name}, us", "fastest other"]
         head += [] if name == "latency" else ["/floor", "/ceiling"]
     lines += [_markdown_row(head), _markdown_row(["---"] * len(head))]
-    for workload, dtype in dict.fromkeys(_case(record)[:2] for record in ours):
+    for workload, dtype in dict.fromkeys(case_of(record)[:2] for record in ours):
         row = [workload, dtype]
         for name in passes:
             record = latest.get(((workload, dtype, name), KERNEL))
@@ -114,27 +173,18 @@ def _markdown_figures(record: dict | None, rivals: list[dict], limits: bool) -> 
     return [ours, other, *(ratios if limits else [])]
 
 
-def _case(record: dict) -> tuple[str, str, str]:
-    return tuple(record["wl"][field] for field in ("name", "dtype", "pass"))
-
-
 def _case_order(records: list[dict]):
     """Rows to be compared stand together, in the order their cases were first measured."""
     order = {}
     for record in records:
-        order.setdefault(_case(record), len(order))
-    return lambda record: order[_case(record)]
+        order.setdefault(case_of(record), len(order))
+    return lambda record: order[case_of(record)]
 
 
 def _figures(record: dict, baseline: dict | None) -> tuple[str | Text, ...]:
     """What follows the implementation's name; a wrong answer gets no ratio, and sets none."""
     if record["err"] is not None:
-        reason = f"{record['err']['type']}: {record['err']['msg']}".splitlines()[0]
-        if record["err"]["type"] in ("Unavailable", "Unsupported"):
-            note = Text(reason[0].lower() + reason[1:])
-        else:
-            note = Text(f"failed: {reason}", style="red")
-        return *["-"] * 5, note
+        return *["-"] * 5, _failure(record)
     corr = record["corr"]
     # The tensor furthest from its tolerance; a NaN is further than any number.
     worst = max(
@@ -186,21 +236,13 @@ def main(arguments: list[str] | None = None) -> None:
         workloads = select(options.workloads, list(WORKLOADS))
     except ValueError as error:
         parser.error(str(error))
-    records = [
-        record
-        for file in options.files
-        for record in map(json.loads, file.read_text().splitlines())
-        if record["wl"]["name"] in workloads
-    ]
+    records = [record for record in read(options.files) if record["wl"]["name"] in workloads]
     if not any(record["impl"] == KERNEL for record in records):
         parser.error(f"no record of {KERNEL} for these workloads")
     if options.markdown:
         print(build_markdown(records))
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = 160
-        console.print(build_table(records))
+        show(build_table(records))
 
 
 if __name__ == "__main__":

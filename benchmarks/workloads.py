@@ -16,10 +16,21 @@ def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-WORKLOADS = {
+CANONICAL = {
     name: Workload(**{field: _tuples(row[field]) for field in Workload._fields})
     for name, row in _ROWS.items()
 }
+
+# A decoder at 800x1333, over queries with batch 4, and over batch with 900 queries.
+_DECODER = CANONICAL["ddetr_decoder_b4"]
+SCALING = {
+    f"scaling_b{batch}_q{queries}": _DECODER._replace(batch=batch, queries=queries)
+    for batch, queries in (
+        *((4, queries) for queries in (100, 300, 900, 2700, 8100, 24300)),
+        *((batch, 900) for batch in (1, 2, 8, 16, 32)),
+    )
+}
+WORKLOADS = CANONICAL | SCALING
 
 
 def make_inputs(

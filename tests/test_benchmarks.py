@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import benchmark, checks, implementations, peers, probe, table
-from benchmarks.__main__ import main
+from benchmarks.__main__ import _parse, main
 from benchmarks.benchmark import Workload
 from benchmarks.implementations import (
     BASELINE,
+    FUSED,
     IMPLEMENTATIONS,
     KERNEL,
     get_project_kernel,
@@ -25,7 +26,7 @@ from benchmarks.operators import Implementation, Operator
 from benchmarks.suite import Case, Limits
 from benchmarks.table import build_markdown, build_table, format_ms, format_us
 from benchmarks.timing import Effort
-from benchmarks.workloads import WORKLOADS, make_inputs, select
+from benchmarks.workloads import CANONICAL, WORKLOADS, make_inputs, select
 from tools import build as builder
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def test_command(run):
     assert status == 0
     assert [(record["impl"], record["wl"]["pass"]) for record in records] == [
         (implementation, pass_name)
-        for implementation in (BASELINE, "grid_sample", "grid_sample_compiled", KERNEL)
+        for implementation in (BASELINE, "grid_sample", "grid_sample_compiled", KERNEL, FUSED)
         for pass_name in ("forward", "backward")
     ]
     for record in records:
@@ -91,13 +92,63 @@ def test_records_are_appended(run):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16_autocast"])
-@pytest.mark.parametrize("implementation", [BASELINE, "grid_sample", KERNEL])
+@pytest.mark.parametrize("implementation", [BASELINE, "grid_sample", KERNEL, FUSED])
 def test_implementations_agree_with_float64(implementation, dtype, tiny):
     case = Case("tiny", dtype, CPU)
     operator = IMPLEMENTATIONS[implementation].load(tiny)
-    for pass_name in ("forward", "backward"):
+    for pass_name in ("forward", "backward", "forward_backward"):
         calls = case.prepare(pass_name, operator)
         assert calls.judge(calls.checked()).ok
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+@pytest.mark.parametrize("points", [3, (3, 1)])
+def test_fused_gradients_are_all_judged(monkeypatch, dtype, points):
+    workload = Workload(2, 7, 2, 4, points, ((6, 5), (3, 2)), "decoder")
+    monkeypatch.setitem(WORKLOADS, "fused", workload)
+    case = Case("fused", dtype, CPU)
+    operator = IMPLEMENTATIONS[FUSED].load(workload)
+    calls = case.prepare("forward_backward", operator)
+    output, gradients = calls.checked()
+    verdict = calls.judge((output, gradients))
+    assert verdict.ok and list(verdict.errors) == [
+        "output",
+        "grad_value",
+        "grad_sampling_locations",
+        "grad_attention_logits",
+        "grad_reference_points",
+    ]
+    for index in range(4):
+        wrong = list(gradients)
+        wrong[index] = 1.1 * wrong[index]
+        assert not calls.judge((output, tuple(wrong))).ok
+
+
+class TestResume:
+    def test_measures_what_is_missing(self, run, tmp_path):
+        options = ("--impls", BASELINE, "--passes", "forward", "backward")
+        _, before = run(*options[:4])
+        status, records = run(*options, "--resume")
+        assert status == 0 and records[0] == before[0]
+        assert [record["wl"]["pass"] for record in records] == ["forward", "backward"]
+
+    def test_tries_again_what_failed_and_drops_half_a_line(self, run, tmp_path, monkeypatch):
+        def load(workload):
+            raise MemoryError("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setitem(IMPLEMENTATIONS, KERNEL, Implementation({}, load))
+            status, _ = run("--impls", KERNEL, "--passes", "forward")
+        assert status == 1
+        with (tmp_path / "results" / "run.jsonl").open("a") as lines:
+            lines.write('{"ts": "2026')
+        status, records = run("--impls", KERNEL, "--passes", "forward", "--resume")
+        assert status == 0 and [record["ok"] for record in records] == [False, True]
+
+    def test_needs_a_file(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["--resume"])
+        assert "--resume needs --out FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
@@ -220,6 +271,14 @@ def test_select_keeps_the_listed_order():
     names = ["seed_b1", "seed_b2", "hub_b2"]
     assert select(["hub_*", "seed_b1"], names) == ["seed_b1", "hub_b2"]
     assert select(["all"], names) == names
+
+
+def test_all_workloads_are_the_canonical_ones(tmp_path):
+    out = ["--out", str(tmp_path / "run.jsonl")]
+    plan, _ = _parse(["--workloads", "all", *out])
+    assert plan.workloads == list(CANONICAL)
+    plan, _ = _parse(["--workloads", "scaling_b1_*", *out])
+    assert plan.workloads == ["scaling_b1_q900"] and WORKLOADS["scaling_b1_q900"].queries == 900
 
 
 @pytest.mark.parametrize(
@@ -620,9 +679,7 @@ class TestKernelsBenchmark:
     """benchmark.py, used as ``kernels benchmark`` uses it."""
 
     def test_workloads_are_the_suites(self):
-        assert benchmark.WORKLOADS == {
-            name: workload for name, workload in WORKLOADS.items() if name != "tiny"
-        }
+        assert benchmark.WORKLOADS == CANONICAL
 
     @pytest.mark.parametrize("name", ["Forward", "Backward", "ForwardFloat16"])
     def test_a_run_matches_its_reference(self, name):
