@@ -6,6 +6,7 @@ the reference once and whole Python calls only: figures to quote come from ``pyt
 """
 
 import math
+from functools import partial
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -200,16 +201,24 @@ class Forward(Benchmark):
     def prepare(self, workload: Workload) -> None:
         self.workload = workload
         self.inputs = make_inputs(workload, self.dtype, self.device)
+        self.operator = self._told_the_points(self.kernel.ms_deform_attn)
+        self.reference = self._told_the_points(self.kernel.reference.ms_deform_attn)
+
+    def _told_the_points(self, function: Callable[..., torch.Tensor]) -> Callable:
+        """The function of the five tensors alone."""
+        if isinstance(self.workload.points, int):
+            return function
+        return partial(function, points_per_level=list(self.workload.points))
 
     def run(self) -> None:
-        self.out = self.kernel.ms_deform_attn(*self.inputs)
+        self.out = self.operator(*self.inputs)
 
     def expected(self) -> torch.Tensor:
-        return self.kernel.reference.ms_deform_attn(*self.inputs)
+        return self.reference(*self.inputs)
 
 
 class Backward(Forward):
-    """The backward alone, in float32.
+    """The backward alone, in float32, as autograd calls it: the forward's graph is kept.
 
     Compared are the gradients of value and weights. A location's gradient jumps where it crosses a
     pixel; there a float32 reference can be on the wrong side of what the kernel gets right, and no
@@ -219,6 +228,10 @@ class Backward(Forward):
     def prepare(self, workload: Workload) -> None:
         super().prepare(workload)
         self.grad_output = make_grad_output(workload, self.dtype, self.device)
+        value, shapes, starts, locations, weights = self.inputs
+        self.leaves = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
+        value, locations, weights = self.leaves
+        self.output = self.operator(value, shapes, starts, locations, weights)
 
     # The runner sets and reads `out` as one tensor; joining the gradients only when it is read
     # keeps that copy out of the timed call.
@@ -232,12 +245,14 @@ class Backward(Forward):
         self._gradients = gradients
 
     def run(self) -> None:
-        self.out = self.kernel.ms_deform_attn_backward(*self.inputs, self.grad_output, 64)
+        self.out = torch.autograd.grad(
+            self.output, self.leaves, self.grad_output, retain_graph=True
+        )
 
     def expected(self) -> torch.Tensor:
         queries = max(1, 2**25 // self.workload.samples_per_query)
         grad_value, _, grad_weights = gradients_in_chunks(
-            self.kernel.reference.ms_deform_attn, self.inputs, self.grad_output, queries
+            self.reference, self.inputs, self.grad_output, queries
         )
         return torch.cat((grad_value.flatten(), grad_weights.flatten()))
 
@@ -259,7 +274,5 @@ def _add_benchmark(name: str, workload: Workload) -> None:
 _LARGEST = math.inf if torch.cuda.is_available() else 2**24
 
 for _name, _workload in WORKLOADS.items():
-    # The operator takes one number of points for all levels so far.
-    if isinstance(_workload.points, int):
-        if _workload.samples_per_query * _workload.queries <= _LARGEST:
-            _add_benchmark(_name, _workload)
+    if _workload.samples_per_query * _workload.queries <= _LARGEST:
+        _add_benchmark(_name, _workload)
