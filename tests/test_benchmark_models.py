@@ -1,0 +1,152 @@
+"""The commands that time whole models and the kernels-benchmarks protocol, run small."""
+
+import json
+
+import pytest
+import torch
+from models import MODELS as SMALL
+from test_transformers import transformers_that_uses_kernels
+
+from benchmarks import models, seed
+from benchmarks.__main__ import main
+from benchmarks.implementations import KERNEL
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The models of tests/models.py in the place of real ones, by the same names."""
+    transformers_that_uses_kernels()
+    models._pretrained.cache_clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small models gain nothing from more
+    for name, masks in (("deformable_detr", False), ("mask2former", True)):
+        spec = next(spec for spec in SMALL if spec.name == name)
+        model = models.Model(
+            spec.config, spec.model, spec.settings | {"num_labels": 91}, spec.image,
+            spec.attentions, masks,
+        )  # fmt: skip
+        monkeypatch.setitem(models.MODELS, name, model)
+    yield
+    torch.set_num_threads(threads)
+    models._pretrained.cache_clear()
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(*options):
+        out = tmp_path / "models.jsonl"
+        options = ("--device", "cpu", "--reps", "2", "--out", str(out), *options)
+        status = main(["models", *options])
+        return status, [json.loads(line) for line in out.read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["deformable_detr", "mask2former"])
+def test_models(run, name, capsys):
+    status, records = run("--models", name, "--modes", "all", "--dtypes", "float32")
+    assert status == 0
+    assert [(r["impl"], r["wl"]["pass"]) for r in records] == [
+        (impl, mode) for mode in ("inference", "training") for impl in ("eager", KERNEL)
+    ]
+    for record in records:
+        assert record["ok"] and record["corr"]["not_finite"] == [] and record["err"] is None
+        assert record["corr"]["calls"] == models.MODELS[name].attentions
+        assert 0 < record["corr"]["error"]["operator"] < 2e-5
+        assert record["images_per_s"] == pytest.approx(1e3 / record["lat_ms"]["p50"])
+        assert record["env"]["transformers"].startswith("5.22")
+    assert "1.00x" in capsys.readouterr().out
+    _, again = run("--models", name, "--dtypes", "float32", "--resume")
+    assert again == records
+
+
+def test_half_types_train_under_autocast(run):
+    status, records = run(
+        "--models", "deformable_detr", "--modes", "all", "--dtypes", "bfloat16", "--impls", KERNEL
+    )
+    assert status == 0 and all(record["ok"] for record in records)
+    assert [record["wl"]["dtype"] for record in records] == ["bfloat16", "bfloat16_autocast"]
+    assert records[0]["corr"]["tolerance"]["operator"] == 8e-3
+
+
+def test_a_model_that_is_not_kernelized_has_no_time(run, monkeypatch):
+    monkeypatch.setattr(models, "kernelize", lambda model, **options: model)
+    status, (record,) = run("--models", "deformable_detr", "--impls", KERNEL)
+    assert status == 1 and record["lat_ms"] is None
+    assert "keeps transformers' layer" in record["err"]["msg"]
+
+
+def test_a_wrong_operator_is_shown_as_wrong(run, monkeypatch, capsys):
+    original = models.Observer._compare
+    monkeypatch.setattr(
+        models.Observer, "_compare", lambda self, inputs, output: original(self, inputs, 2 * output)
+    )
+    status, (record,) = run("--models", "mask2former", "--impls", KERNEL)
+    assert status == 1 and not record["ok"]
+    assert record["corr"]["error"]["operator"] == pytest.approx(1, rel=1e-3)
+    assert "WRONG: 1e+00" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_named():
+    layer = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.bias.fill_(float("inf"))
+    outputs = {"logits": torch.tensor(float("nan")), "loss": None, "other": torch.tensor(0.0)}
+    assert models.not_finite(layer, outputs) == ["logits", "bias"]
+
+
+class TestSeed:
+    """The protocol's records, field by field."""
+
+    @pytest.fixture
+    def records(self, monkeypatch, tmp_path):
+        def records(*options):
+            out = tmp_path / "deformable_detr.jsonl"
+            status = main(["seed", "--device", "cpu", "--out", str(out), *options])
+            return status, [json.loads(line) for line in out.read_text().splitlines()]
+
+        every = seed.workloads
+        monkeypatch.setattr(seed, "workloads", lambda dtype, device: every(dtype, device)[:1])
+        return records
+
+    def test_workloads(self):
+        names = [workload["name"] for workload in seed.workloads("float32", torch.device("cuda"))]
+        assert names == [
+            f"cuda_B{batch}_Q{queries}_H8_E256_L4_P4" for batch in (1, 2) for queries in (100, 300)
+        ]
+
+    def test_records(self, records, capsys):
+        status, found = records("--impls", "torch_eager", KERNEL)
+        assert status == 0 and [r["impl"] for r in found] == ["torch_eager", KERNEL]
+        for record in found:
+            assert list(record) == (
+                "ts run impl tags wl env lat_ms compile_ms peak_bytes ok absmax corr err".split()
+            )
+            assert (
+                list(record["wl"])
+                == (
+                    "name batch_size num_queries num_heads embed_dim num_levels num_points "
+                    "spatial_shapes dtype device seed"
+                ).split()
+            )
+            assert list(record["env"]) == "torch cuda gpu sm py plat".split()
+            assert record["lat_ms"]["reps"] == len(record["lat_ms"]["raw_times"]) == 5
+            assert record["lat_ms"]["warmup"] == 2
+            assert record["ok"] and record["corr"]["rtol"] == record["corr"]["atol"] == 1e-5
+        assert found[0]["absmax"] == 0 < found[1]["absmax"]
+        assert "1.00x" in capsys.readouterr().out
+        _, found = records("--impls", "torch_eager")
+        assert len(found) == 1  # as there: an old file is not kept
+
+    def test_tolerance(self):
+        expected = torch.full((4,), 2.0)
+        assert seed.compare(expected * (1 + 1e-5), expected)["ok"]
+        assert not seed.compare(expected * (1 + 2e-5), expected)["ok"]
+        assert seed.compare((expected * 1.004).half(), expected.half())["ok"]
+        assert not seed.compare((expected * 1.01).half(), expected.half())["ok"]
+        infinite = torch.tensor([float("inf")])
+        assert not seed.compare(infinite, infinite)["ok"]
+
+    def test_failure_is_recorded(self, records):
+        status, (record,) = records("--impls", "hf_kernels_deformable_detr")
+        assert status == 0 and not record["ok"] and record["lat_ms"] is None and record["err"]
