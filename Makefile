@@ -27,6 +27,15 @@ help: ## show this list
 bench: build ## compare with the eager implementations on this machine
 	$(PYTHON) -m benchmarks $(ARGS)
 
+# In units of grid_sample's time in the same run, on one thread: whatever the machine and its load.
+.PHONY: guard
+guard: build ## fail if the CPU kernel has become much slower beside grid_sample
+	rm -f .ninja/guard.jsonl
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks --device cpu --workloads seed_b2_q300 ddetr_decoder_b4 \
+	  --impls grid_sample deformable_detr --passes forward backward --reps 15 --out .ninja/guard.jsonl
+	$(PYTHON) -m benchmarks compare benchmarks/results/guard-cpu.jsonl .ninja/guard.jsonl \
+	  --impls deformable_detr --relative-to grid_sample --threshold 2.5
+
 .PHONY: test
 test: build ## run the test suite
 	$(PYTHON) -m pytest tests $(ARGS)
