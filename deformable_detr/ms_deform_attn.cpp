@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -187,6 +188,8 @@ struct Inputs {
     ParamsType params{};
     check_value(params);
     check_shape("spatial_shapes", spatial_shapes, {{"levels"}, {"2", 2}});
+    check(spatial_shapes.size(0) <= INT32_MAX, "spatial_shapes has ", spatial_shapes.size(0),
+          " levels, expected fewer than 2^31");
     params.levels = static_cast<int32_t>(spatial_shapes.size(0));
     check_shape("level_start_index", level_start_index, {{"levels", params.levels}});
     if (points_per_level) {
@@ -231,8 +234,11 @@ struct Inputs {
     params.spatial_size = value.size(1);
     check(params.spatial_size <= INT32_MAX, "value has ", params.spatial_size,
           " pixels in dimension 1, expected fewer than 2^31");
-    check(value.size(2) * value.size(3) < (1 << 28), "value has ", value.size(2), " heads of ",
-          value.size(3), " channels, expected a product below 2^28");
+    // Each by itself first: the product of sizes may overflow.
+    const bool fits = std::max(value.size(2), value.size(3)) < (1 << 28) &&
+                      value.size(2) * value.size(3) < (1 << 28);
+    check(fits, "value has ", value.size(2), " heads of ", value.size(3),
+          " channels, expected a product below 2^28");
     params.heads = static_cast<int32_t>(value.size(2));
     params.channels = static_cast<int32_t>(value.size(3));
   }
@@ -305,14 +311,13 @@ struct Inputs {
     check_shape(
         "reference_points", reference,
         {{"batch", params.batch}, {"queries", params.queries}, {"levels or 1"}, {"2 or 4"}});
-    params.reference_levels = static_cast<int32_t>(reference.size(2));
-    params.reference_coordinates = static_cast<int32_t>(reference.size(3));
-    check(params.reference_levels == params.levels || params.reference_levels == 1,
-          "reference_points has ", params.reference_levels,
+    const int64_t levels = reference.size(2), coordinates = reference.size(3);
+    check(levels == params.levels || levels == 1, "reference_points has ", levels,
           " levels, expected levels=", params.levels, " or 1");
-    check(params.reference_coordinates == 2 || params.reference_coordinates == 4,
-          "reference_points has ", params.reference_coordinates,
+    check(coordinates == 2 || coordinates == 4, "reference_points has ", coordinates,
           " coordinates, expected 2 (x, y) or 4 (x, y, width, height)");
+    params.reference_levels = static_cast<int32_t>(levels);
+    params.reference_coordinates = static_cast<int32_t>(coordinates);
     params.reference_dtype =
         operand_dtype("reference_points", reference, value, params.value_dtype);
     check_device("reference_points", reference, value);

@@ -11,7 +11,6 @@ from cases import (
     SMALL,
     Case,
     make_fused_inputs,
-    make_inputs,
     relative_error,
 )
 from test_contract import misaligned, strided, transposed
@@ -165,98 +164,3 @@ def test_softmax_of_large_logits(kernel, device, shift):
     expected = torch.autograd.grad(expected, reference.differentiable(), reference.grad_output)
     for grad, wanted in zip(grads, expected):
         assert relative_error(grad, wanted) < 2e-6
-
-
-# ------------------------------------------------------------------------------------------ refused
-
-
-def bad_reference(change):
-    inputs = make_fused_inputs(SMALL, torch.float32)
-    inputs.reference_points = change(inputs.reference_points)
-    return inputs, {}
-
-
-# name: (fused inputs and options, what the message must hold)
-BAD_INPUTS = {
-    "three coordinates": (
-        lambda: bad_reference(lambda t: torch.cat([t, t[..., :1]], -1)),
-        ["reference_points", "3 coordinates", "2 (x, y) or 4"]),
-    "rank": (lambda: bad_reference(lambda t: t[:, :, 0]), ["reference_points", "(2, 13, 2)"]),
-    "queries": (lambda: bad_reference(lambda t: t[:, :5]), ["reference_points", "queries=13"]),
-    "batch": (lambda: bad_reference(lambda t: t[:1]), ["reference_points", "batch=2"]),
-    "levels": (
-        lambda: bad_reference(lambda t: t.repeat(1, 1, 2, 1)),
-        ["reference_points has 4 levels", "levels=2 or 1"]),
-    "dtype": (lambda: bad_reference(lambda t: t.double()), ["reference_points", "Double"]),
-}  # fmt: skip
-
-
-@pytest.mark.kernels_ci
-@pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_reference_points(kernel, device, name):
-    make, expected = BAD_INPUTS[name]
-    inputs, options = make()
-    with pytest.raises(RuntimeError) as error:
-        kernel.fused_ms_deform_attn(*(tensor.to(device) for tensor in inputs.args), **options)
-    for part in expected:
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["sampling_offsets", "attention_logits"])
-def test_messages_name_the_fused_arguments(kernel, device, name):
-    inputs = make_fused_inputs(SMALL, torch.float32, device)
-    setattr(inputs, name, getattr(inputs, name)[0])
-    with pytest.raises(RuntimeError, match=f"^{name} has shape"):
-        kernel.fused_ms_deform_attn(*inputs.args)
-
-
-# (points_per_level, what the message must hold), for both operators. SMALL has two levels of
-# four points.
-BAD_POINTS = {
-    "sum": ([3, 4], ["points_per_level sums to 7", "expected 8"]),
-    "length": ([8], ["points_per_level has 1 numbers", "levels=2"]),
-    "longer": ([3, 4, 1], ["points_per_level has 3 numbers", "levels=2"]),
-    "negative": ([9, -1], ["points_per_level has 9 for level 0", "at most 8"]),
-    "first negative": ([-1, 9], ["points_per_level has -1 for level 0", "at least 0"]),
-}
-
-
-@pytest.mark.kernels_ci
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("name", BAD_POINTS)
-def test_bad_points_per_level(kernel, device, name, fused):
-    points_per_level, expected = BAD_POINTS[name]
-    case = Case("listed", points_per_level=(4, 4))
-    inputs = (make_fused_inputs if fused else make_inputs)(case, torch.float32, device)
-    function = kernel.fused_ms_deform_attn if fused else kernel.ms_deform_attn
-    with pytest.raises(RuntimeError) as error:
-        function(*inputs.args, points_per_level=points_per_level)
-    for part in [*expected, *(["sampling_"] if "numbers" not in expected[0] else [])]:
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_points_per_level_needs_one_dimension_for_all_points(kernel, device, fused):
-    inputs = (make_fused_inputs if fused else make_inputs)(SMALL, torch.float32, device)
-    function = kernel.fused_ms_deform_attn if fused else kernel.ms_deform_attn
-    with pytest.raises(
-        RuntimeError, match=r"sampling_\w+ has shape .*, expected .*heads=2, points"
-    ):
-        function(*inputs.args, points_per_level=[4, 4])
-
-
-def test_unequal_points_over_too_many_levels(kernel, device):
-    case = Case("levels", ((1, 1),) * 33, points_per_level=(1,) * 32 + (2,))
-    inputs = make_inputs(case, torch.float32, device)
-    with pytest.raises(RuntimeError, match="points_per_level .* 33 levels, expected at most 32"):
-        kernel.ms_deform_attn(*inputs.args, **inputs.options)
-
-
-@pytest.mark.parametrize("method", ["discrete", "", None, 0])
-def test_unknown_method(kernel, device, method):
-    for function, inputs in (
-        (kernel.ms_deform_attn, make_inputs(SMALL, torch.float32, device)),
-        (kernel.fused_ms_deform_attn, make_fused_inputs(SMALL, torch.float32, device)),
-    ):
-        with pytest.raises(ValueError, match=f"method is {method!r}, expected 'bilinear' or"):
-            function(*inputs.args, method=method)

@@ -50,7 +50,8 @@ def ms_deform_attn(
     Raises:
         RuntimeError: an argument's shape, dtype or device does not fit, the level metadata (if it
             is on the CPU) does not describe ``value``, or ``points_per_level`` not the locations;
-            the message names the argument.
+            the message names the argument, as it does for the next.
+        NotImplementedError: a tensor is sparse, nested or quantized.
         ValueError: ``method`` is unknown.
     """
     return _call(
@@ -103,8 +104,8 @@ def fused_ms_deform_attn(
         (batch, queries, heads * channels) in ``value``'s dtype.
 
     Raises:
-        RuntimeError, ValueError: as for ``ms_deform_attn``, or ``reference_points`` have neither 2
-            nor 4 coordinates.
+        RuntimeError, NotImplementedError, ValueError: as for ``ms_deform_attn``, or
+            ``reference_points`` have neither 2 nor 4 coordinates.
     """
     return _call(
         ops.fused_ms_deform_attn_forward,
@@ -122,14 +123,36 @@ def fused_ms_deform_attn(
 
 def _call(op, *args):
     """op(*args), past autograd where no gradient is wanted: that costs microseconds a call."""
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if transformed or (
-        torch.is_grad_enabled()
-        and any(arg.requires_grad for arg in args if isinstance(arg, torch.Tensor))
-    ):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    try:
+        if torch.is_grad_enabled() and any(
+            arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)
+        ):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    except NotImplementedError as error:
+        raise _name_the_argument(op, args, error) from error
+
+
+def _name_the_argument(op, args, error: NotImplementedError) -> NotImplementedError:
+    """The dispatcher's refusal of a kind of tensor, with the name of the one it refused."""
+    for argument, tensor in zip(op.default._schema.arguments, args):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.is_nested:
+            kind = "is a nested tensor"
+        elif tensor.is_quantized:
+            kind = f"has dtype {tensor.dtype}"
+        elif tensor.layout != torch.strided:
+            kind = f"has layout {tensor.layout}"
+        else:
+            continue
+        return NotImplementedError(
+            f"{argument.name} {kind}, expected a dense tensor: layout torch.strided, not quantized"
+        )
+    return error
 
 
 def _is_nearest(method: str) -> bool:
@@ -161,8 +184,13 @@ def ms_deform_attn_forward(
     ``im2col_step`` is accepted for compatibility and ignored: there is no column buffer to split,
     so any batch size works.
     """
-    return ops.ms_deform_attn_forward(
-        value, spatial_shapes, level_start_index, sampling_loc, attn_weight
+    return _call(
+        ops.ms_deform_attn_forward,
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_loc,
+        attn_weight,
     )
 
 
@@ -186,16 +214,20 @@ def ms_deform_attn_backward(
         grad_value is summed in float32 for half types.
 
     Raises:
-        RuntimeError: as for ``ms_deform_attn``.
+        RuntimeError, NotImplementedError: as for ``ms_deform_attn``.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled()
     return list(
-        ops.ms_deform_attn_backward(
+        _call(
+            ops.ms_deform_attn_backward,
             value,
             spatial_shapes,
             level_start_index,
             sampling_loc,
             attn_weight,
             grad_output,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            None,
+            False,
+            deterministic,
         )
     )

@@ -8,7 +8,28 @@ from ._ops import add_op_namespace_prefix, ops
 # ------------------------------------------------------------------------------------------ fakes
 
 
+def _on_one_device(name):
+    """Before the fake of the op: one tensor on "meta" is enough to come here, with the others on a
+    device that the caller expects a result on."""
+
+    def decorate(fake):
+        def checked(value, *rest, **options):
+            arguments = getattr(ops, name).default._schema.arguments[1:]
+            for argument, tensor in zip(arguments, rest):
+                if isinstance(tensor, torch.Tensor) and tensor.device != value.device:
+                    raise RuntimeError(
+                        f"{argument.name} is on {tensor.device}, expected {value.device}, the "
+                        "device of value"
+                    )
+            return fake(value, *rest, **options)
+
+        return checked
+
+    return decorate
+
+
 @torch.library.register_fake(add_op_namespace_prefix("ms_deform_attn_forward"))
+@_on_one_device("ms_deform_attn_forward")
 def _forward_fake(
     value,
     spatial_shapes,
@@ -23,6 +44,7 @@ def _forward_fake(
 
 
 @torch.library.register_fake(add_op_namespace_prefix("ms_deform_attn_backward"))
+@_on_one_device("ms_deform_attn_backward")
 def _backward_fake(
     value,
     spatial_shapes,
@@ -40,6 +62,7 @@ def _backward_fake(
 
 
 @torch.library.register_fake(add_op_namespace_prefix("fused_ms_deform_attn_forward"))
+@_on_one_device("fused_ms_deform_attn_forward")
 def _fused_forward_fake(
     value,
     spatial_shapes,
@@ -56,6 +79,7 @@ def _fused_forward_fake(
 
 
 @torch.library.register_fake(add_op_namespace_prefix("fused_ms_deform_attn_backward"))
+@_on_one_device("fused_ms_deform_attn_backward")
 def _fused_backward_fake(
     value,
     spatial_shapes,
