@@ -40,6 +40,10 @@ guard: build ## fail if the CPU kernel has become much slower beside grid_sample
 test: build ## run the test suite
 	$(PYTHON) -m pytest tests $(ARGS)
 
+.PHONY: fuzz
+fuzz: build ## compare 20,000 random problems with float64
+	$(PYTHON) tests/fuzz.py $(ARGS)
+
 .PHONY: build
 build: $(ENVIRONMENT) ## build this machine's variants into build/
 	$(PYTHON) tools/build.py $(if $(filter build,$(MAKECMDGOALS)),$(ARGS))

@@ -1,6 +1,8 @@
 """What the tests run: the only list of dtypes, of tolerances and of problem sizes."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 
 import torch
 
@@ -180,7 +182,8 @@ def _centres(case: Case) -> torch.Tensor:
     )
 
 
-def _locations(case: Case, generator: torch.Generator) -> torch.Tensor:
+def locations_of(case: Case, generator: torch.Generator) -> torch.Tensor:
+    """(batch, queries, heads, points over all levels, 2) in float64, spread as the case says."""
     widths_heights = _widths_heights(case)
     size = (case.batch, case.queries, case.heads, *widths_heights.shape)
     uniform = torch.rand(size, generator=generator, dtype=torch.float64)
@@ -206,7 +209,7 @@ def make_inputs(case, dtype, device="cpu", locations_dtype=None, weights_dtype=N
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
     value = normal(case.batch, case.pixels, case.heads, case.channels)
-    locations = _locations(case, generator).view(*case.points_shape, 2)
+    locations = locations_of(case, generator).view(*case.points_shape, 2)
     weights = normal(*case.points_shape[:3], sum(case.numbers_of_points)).softmax(-1)
     grad_output = normal(case.batch, case.queries, case.heads * case.channels)
     return Inputs(
@@ -252,6 +255,35 @@ def make_fused_inputs(
 
 # The public operators, each with what makes its inputs.
 OPERATORS = {"ms_deform_attn": make_inputs, "fused_ms_deform_attn": make_fused_inputs}
+
+
+def on_the_exact_side(locations, shapes, numbers_of_points):
+    """float64 locations, moved by as few roundings as put float64 arithmetic in the right pixel.
+
+    The location gradient jumps at a pixel centre, and a stored float64 location is on one side of
+    it by less than location * size - 0.5 keeps. Fractions tell the side.
+
+    Args:
+        locations: (batch, queries, heads, points over all levels, 2).
+        shapes: each level's (height, width).
+        numbers_of_points: each level's.
+    """
+
+    def move(x, size):
+        exact = math.floor(Fraction(x) * size - Fraction(1, 2))
+        while (floor := math.floor(x * size - 0.5)) != exact:
+            x = math.nextafter(x, math.inf if floor < exact else -math.inf)
+        return x
+
+    moved = locations.cpu().clone()
+    for level, (height, width) in zip(moved.split(numbers_of_points, 3), shapes):
+        for axis, size in enumerate((width, height)):
+            x = level[..., axis]
+            pixels = x * size - 0.5
+            near = (pixels - pixels.round()).abs() < 1e-6  # far more than a rounding
+            near &= pixels.abs() < 1e6
+            x[near] = x[near].apply_(lambda x, size=size: move(x, size))
+    return moved.to(locations.device)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

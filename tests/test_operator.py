@@ -1,8 +1,5 @@
 """Output and gradients against the float64 reference: cases x dtypes x devices."""
 
-import math
-from fractions import Fraction
-
 import pytest
 import torch
 from cases import (
@@ -14,38 +11,22 @@ from cases import (
     FusedInputs,
     assert_close,
     make_inputs,
+    on_the_exact_side,
     relative_error,
 )
 
 
-def on_the_exact_side(locations, shapes):
-    """float64 locations, moved by as few roundings as put float64 arithmetic in the right pixel.
-
-    The location gradient jumps at a pixel centre, and a stored float64 location is on one side of
-    it by less than location * size - 0.5 keeps. Fractions tell the side.
-    """
-
-    def move(x, size):
-        exact = math.floor(Fraction(x) * size - Fraction(1, 2))
-        while (floor := math.floor(x * size - 0.5)) != exact:
-            x = math.nextafter(x, math.inf if floor < exact else -math.inf)
-        return x
-
-    moved = locations.cpu().clone()
-    for level, (height, width) in enumerate(shapes):
-        for axis, size in enumerate((width, height)):
-            moved[:, :, :, level, :, axis].apply_(lambda x, size=size: move(x, size))
-    return moved.to(locations.device)
-
-
-def check_against_reference(kernel, inputs, shapes_of_centres=()):
+def check_against_reference(kernel, inputs, case_of_centres=None):
     """Output and gradients of ms_deform_attn, or of fused_ms_deform_attn for its inputs."""
     name = "fused_ms_deform_attn" if isinstance(inputs, FusedInputs) else "ms_deform_attn"
     reference = inputs.double()
-    if shapes_of_centres:
-        reference.sampling_locations = on_the_exact_side(
-            reference.sampling_locations, shapes_of_centres
+    if case_of_centres:
+        locations = on_the_exact_side(
+            reference.sampling_locations.flatten(3, 4),
+            case_of_centres.shapes,
+            case_of_centres.numbers_of_points,
         )
+        reference.sampling_locations = locations.view(reference.sampling_locations.shape)
     reference.require_grad()
     expected = getattr(kernel.reference, name)(*reference.args, **reference.options)
     expected_grads = torch.autograd.grad(
@@ -71,8 +52,8 @@ def check_against_reference(kernel, inputs, shapes_of_centres=()):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_reference(kernel, device, case, dtype):
-    shapes_of_centres = case.shapes if case.locations == "centres" else ()
-    check_against_reference(kernel, make_inputs(case, dtype, device), shapes_of_centres)
+    case_of_centres = case if case.locations == "centres" else None
+    check_against_reference(kernel, make_inputs(case, dtype, device), case_of_centres)
 
 
 @pytest.mark.kernels_ci
