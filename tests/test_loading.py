@@ -1,0 +1,183 @@
+"""Loading: twice, two builds at once, in child processes, without a GPU, and where it cannot be."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kernels
+import pytest
+import torch
+from cases import SMALL, assert_close, make_inputs
+from conftest import KERNEL, REPO_ID
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANT = Path(KERNEL.__file__).parent
+
+# The first lines of a script: call(kernel) computes and checks, in forward and backward.
+PREAMBLE = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import kernels, torch
+from cases import SMALL, assert_close, make_inputs
+
+def load():
+    return kernels.get_kernel({REPO_ID!r}, version=1, backend="cpu")
+
+def call(kernel):
+    inputs = make_inputs(SMALL, torch.float32).require_grad()
+    reference = inputs.double().require_grad()
+    output = kernel.ms_deform_attn(*inputs.args)
+    expected = kernel.reference.ms_deform_attn(*reference.args)
+    assert_close(output, expected, "output")
+    grads = torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output)
+    wanted = torch.autograd.grad(expected, reference.differentiable(), reference.grad_output)
+    for grad, other in zip(grads, wanted):
+        assert_close(grad, other, "gradient")
+    return "right"
+"""
+
+
+def python(script: str, **environment: str) -> list[str]:
+    """The words that the script prints."""
+    process = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def cpu_variant():
+    """Skips where only a CUDA variant was built."""
+    if not any("-cpu-" in path.name for path in (ROOT / "build").iterdir()):
+        pytest.skip("no CPU variant is in build/: python tools/build.py --backend cpu")
+
+
+def test_loaded_twice_is_the_same(kernel):
+    backend = "cpu" if "-cpu-" in VARIANT.name else None
+    assert kernels.get_kernel(REPO_ID, version=1, backend=backend) is kernel
+    assert kernels.get_local_kernel(ROOT, backend=backend) is kernel
+    repository = kernels.LocalLayerRepository(ROOT, layer_name="MultiScaleDeformableAttention")
+    if backend is None or torch.version.cuda is None:
+        assert repository.load() is kernel.layers.MultiScaleDeformableAttention
+
+
+def test_imported_again_after_it_was_forgotten(cpu_variant):
+    """As reloading tools do: the ops, which torch keeps, are not registered twice."""
+    script = """
+first = load()
+for module in [name for name in sys.modules if name.startswith(first.__name__)]:
+    del sys.modules[module]
+print(call(load()), call(first))
+"""
+    assert python(script) == ["right"] * 2
+
+
+def test_the_same_build_from_another_folder(cpu_variant, tmp_path):
+    shutil.copytree(ROOT / "build", tmp_path / "build")
+    script = f"""
+from pathlib import Path
+first = load()
+copy = kernels.get_local_kernel(Path({str(tmp_path)!r}), backend="cpu")
+assert copy is not first and copy.__name__ == first.__name__
+print(call(copy), call(first))
+"""
+    assert python(script) == ["right"] * 2
+
+
+def test_two_builds_in_one_process(cpu_variant, tmp_path):
+    """Each has ops of its own."""
+    objects = (
+        ROOT
+        / ".ninja"
+        / next(path.name for path in (ROOT / "build").iterdir() if "-cpu-" in path.name)
+    )
+    if not objects.exists():
+        pytest.skip(f"{objects.name} was not built here: there are no objects to link again")
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("build.toml", "deformable_detr", "torch-ext", "tools", ".ninja"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, other / name)
+        else:
+            shutil.copy2(source, other / name)
+    functional = other / "torch-ext" / "deformable_detr" / "functional.py"
+    functional.write_text(functional.read_text() + "\n# Another build.\n")
+    subprocess.run(
+        [sys.executable, other / "tools" / "build.py", "--backend", "cpu"],
+        check=True,
+        capture_output=True,
+    )
+    script = f"""
+from pathlib import Path
+one = load()
+other = kernels.get_local_kernel(Path({str(other)!r}), backend="cpu")
+assert one is not other and one.__name__ != other.__name__
+assert one.functional.ops is not other.functional.ops
+print(call(one), call(other), call(one))
+inputs = make_inputs(SMALL, torch.float32)
+print(torch.equal(one.ms_deform_attn(*inputs.args), other.ms_deform_attn(*inputs.args)))
+"""
+    assert python(script) == ["right"] * 3 + ["True"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("before", [False, True], ids=["loaded_after", "loaded_before"])
+def test_in_a_fork(cpu_variant, before):
+    script = f"""
+if {before}:
+    call(load())
+child = os.fork()
+if child == 0:
+    try:
+        os._exit(0 if call(load()) == "right" else 1)
+    finally:
+        os._exit(2)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(status, call(load()))
+"""
+    # OpenMP's threads do not survive a fork: torch's own operators would wait for them.
+    assert python(script, OMP_NUM_THREADS="1") == ["0", "right"]
+
+
+def work(rank):
+    torch.set_num_threads(1)
+    kernel = kernels.get_kernel(REPO_ID, version=1, backend="cpu")
+    inputs = make_inputs(SMALL, torch.float32)
+    expected = kernel.reference.ms_deform_attn(*inputs.double().args)
+    assert_close(kernel.ms_deform_attn(*inputs.args), expected, "output")
+
+
+def test_in_spawned_processes(cpu_variant):
+    torch.multiprocessing.spawn(work, nprocs=2)
+
+
+def test_the_cpu_variant_needs_no_gpu(cpu_variant):
+    """Nor does it touch one."""
+    script = """
+kernel = load()
+assert "-cpu-" in kernel.__file__
+print(call(kernel), torch.cuda.is_initialized())
+"""
+    assert python(script, CUDA_VISIBLE_DEVICES="") == ["right", "False"]
+
+
+@pytest.mark.parametrize("cuda", ["11.8", "12.4"])
+def test_a_cuda_too_old_is_told(monkeypatch, tmp_path, cuda):
+    """By the loader, which names what there is and what it looked for."""
+    name = "torch-stable-abi211-cu130-x86_64-linux"
+    (tmp_path / "build").mkdir()
+    shutil.copytree(VARIANT, tmp_path / "build" / name)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(FileNotFoundError) as error:
+        kernels.get_local_kernel(tmp_path)
+    assert "Cannot find a build variant for this system" in str(error.value)
+    told = f"{name}: CUDA version (13.0) is not compatible with system CUDA version ({cuda})"
+    assert told in str(error.value)
