@@ -1,8 +1,10 @@
-"""Run the CPU kernels under a sanitizer, outside Python and torch.
+"""Run the kernels under a sanitizer, outside Python and torch.
 
-    python tools/sanitize.py                        # data races
-    python tools/sanitize.py address,undefined      # memory and undefined behaviour
-    python tools/sanitize.py none                   # none: a quick test of the kernels alone
+    python tools/sanitize.py                        # CPU: data races
+    python tools/sanitize.py address,undefined      # CPU: memory and undefined behaviour
+    python tools/sanitize.py memcheck               # GPU; also racecheck, initcheck, synccheck
+    python tools/sanitize.py guards                 # GPU: each tensor between zones of NaN
+    python tools/sanitize.py none                   # CPU, none: a quick test of the kernels alone
 
 Each instruction set that the processor has is run. The exit status is 1 if one run fails.
 """
@@ -14,37 +16,97 @@ import sys
 import tempfile
 from pathlib import Path
 
-from build import ROOT, Kernel, find_compiler, find_torch
+from build import (
+    ARCH_WITHOUT_GPU,
+    ROOT,
+    CudaToolkit,
+    Kernel,
+    find_compiler,
+    find_torch,
+    gencode,
+    present_archs,
+)
 
 CAPABILITIES = ["default", "avx2", "avx512"]
+GPU_TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+HARNESS = "tools/sanitize.cpp"
 
 
-def build(sanitizer: str, out: Path) -> None:
+def compile_for_cpu(sanitizers: str, out: Path) -> None:
+    flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
     kernel = Kernel.open(ROOT)
-    section = kernel.config["kernel"]["cpu"]
-    sources = [source for source in section["src"] if source.endswith(".cpp")]
+    run_compiler(kernel, [*flags, *sources(kernel, "cpu"), HARNESS, "-o", out])
+
+
+def compile_for_gpu(out: Path) -> None:
+    """The CPU kernels are linked, too: their results are what is expected."""
+    kernel, toolkit = Kernel.open(ROOT), CudaToolkit.find()
+    archs = gencode(present_archs() or [ARCH_WITHOUT_GPU])
+    nvcc = [toolkit.nvcc, "-std=c++20", "-O2", "-lineinfo", "-I.", *archs]
+    nvcc += ["-ccbin", find_compiler(), "-c"]
+    with tempfile.TemporaryDirectory() as folder:
+        objects, running = [], []
+        for source in sources(kernel, "cuda"):
+            if source.endswith(".cu"):
+                objects.append(Path(folder) / f"{Path(source).stem}.o")
+                running.append(subprocess.Popen([*nvcc, source, "-o", objects[-1]], cwd=ROOT))
+        if any([process.wait() for process in running]):
+            sys.exit("error: the CUDA kernels were not compiled, see above")
+        arguments = ["-DUSE_CUDA=1", "-isystem", toolkit.home / "include"]
+        arguments += [*sources(kernel, "cpu"), HARNESS, *objects, toolkit.cudart, "-ldl", "-lrt"]
+        run_compiler(kernel, [*arguments, "-o", out])
+
+
+def sources(kernel: Kernel, backend: str) -> list[str]:
+    section = kernel.config["kernel"][backend]
+    return [source for source in section["src"] if source.endswith((".cpp", ".cu"))]
+
+
+def run_compiler(kernel: Kernel, arguments: list) -> None:
     major, minor = kernel.stable_abi("cpu")
     include = find_torch((major, minor)) / "include"
-    flags = [] if sanitizer == "none" else [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    command = [find_compiler(), "-std=c++20", "-O2", "-g", *section["cxx-flags"], *flags, "-I."]
-    command += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}", "-isystem", include]
-    command += [*sources, "tools/sanitize.cpp", "-pthread", "-o", out]
+    command = [find_compiler(), "-std=c++20", "-O2", "-g", "-I.", "-isystem", include]
+    command += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"]
+    command += [*kernel.config["kernel"]["cpu"]["cxx-flags"], *arguments, "-pthread"]
     subprocess.run(command, cwd=ROOT, check=True)
+
+
+def run_on_cpu(program: Path, sanitizer: str) -> bool:
+    ok = True
+    for capability in CAPABILITIES:
+        print(f"{sanitizer}, {capability}: ", end="", flush=True)
+        environment = {**os.environ, "MSDA_CPU_CAPABILITY": capability}
+        ok &= subprocess.run([program], env=environment).returncode == 0
+    return ok
+
+
+def run_on_gpu(program: Path, tool: str) -> bool:
+    print(f"{tool}: ", end="", flush=True)
+    if tool == "guards":
+        return subprocess.run([program, "guards"]).returncode == 0
+    sanitizer = CudaToolkit.find().nvcc.parent / "compute-sanitizer"
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "2", program]
+    return subprocess.run(command).returncode == 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("python tools/sanitize.py", description=__doc__)
-    parser.add_argument("sanitizer", nargs="?", default="thread", help="as -fsanitize has it")
-    sanitizer = parser.parse_args().sanitizer
-    failed = False
+    parser.add_argument("sanitizer", nargs="*", default=["thread"], help="as -fsanitize has it")
+    parser.add_argument("--gpu-program", type=Path, help="what to run, compiled if it is not there")
+    args = parser.parse_args()
+    ok = True
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "sanitize"
-        build(sanitizer, program)
-        for capability in CAPABILITIES:
-            print(f"{sanitizer}, {capability}: ", end="", flush=True)
-            environment = {**os.environ, "MSDA_CPU_CAPABILITY": capability}
-            failed |= subprocess.run([program], env=environment).returncode != 0
-    return int(failed)
+        on_gpu = args.gpu_program or Path(folder) / "sanitize-cuda"
+        for sanitizer in args.sanitizer:
+            if sanitizer in [*GPU_TOOLS, "guards"]:
+                if not on_gpu.exists():
+                    compile_for_gpu(on_gpu)
+                ok &= run_on_gpu(on_gpu, sanitizer)
+            else:
+                program = Path(folder) / "sanitize"
+                compile_for_cpu("" if sanitizer == "none" else sanitizer, program)
+                ok &= run_on_cpu(program, sanitizer)
+    return int(not ok)
 
 
 if __name__ == "__main__":
