@@ -39,9 +39,8 @@ def library_of(variant: Path) -> Path:
 @pytest.fixture
 def checkout(tmp_path: Path) -> builder.Kernel:
     """A copy of all that goes into a build, to change at will."""
-    package = [f"torch-ext/{KERNEL.package}/{file}" for file in KERNEL.package_files]
     sources = {source for backend in KERNEL.backends for source in KERNEL.sources(backend)}
-    for name in [*sources, *package, "build.toml", "tools/build.py"]:
+    for name in [*sources, *KERNEL.other_inputs]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     return builder.Kernel.open(tmp_path)

@@ -39,6 +39,7 @@ RELEASE_ARCHS = {
     13: ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1+PTX"],
 }
 ARCH_WITHOUT_GPU = "9.0"
+MANYLINUX = "tools/manylinux"  # what lets a newer system build for manylinux_2_28
 USUAL_CUDA_HOME = "/usr/local/cuda"
 PYTHON_ABI = "0x03090000"  # the limited API of Python 3.9, the oldest that kernels supports
 
@@ -125,6 +126,14 @@ class Kernel:
         folder = self.root / "torch-ext" / self.package
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
 
+    @property
+    def other_inputs(self) -> list[str]:
+        """What goes into a build beside the native sources, relative to the root."""
+        package = [f"torch-ext/{self.package}/{file}" for file in self.package_files]
+        manylinux = [path for path in (self.root / MANYLINUX).rglob("*") if path.is_file()]
+        manylinux = sorted(str(path.relative_to(self.root)) for path in manylinux)
+        return [*package, *manylinux, "build.toml", "tools/build.py"]
+
     def stable_abi(self, backend: str) -> tuple[int, int]:
         major, minor = self.config["torch"]["stable-abi"][backend].split(".")
         return int(major), int(minor)
@@ -144,8 +153,7 @@ class Kernel:
         into a build: the sources, the package, build.toml, this script, the variant, the archs.
         """
         digest = hashlib.sha256(json.dumps([variant, archs]).encode())
-        package = [f"torch-ext/{self.package}/{file}" for file in self.package_files]
-        for name in [*self.sources(backend), *package, "build.toml", "tools/build.py"]:
+        for name in [*self.sources(backend), *self.other_inputs]:
             content = (self.root / name).read_bytes()
             digest.update(f"{name} {len(content)} ".encode() + content)
         return f"_{self.package}_{backend}_{digest.hexdigest()[:10]}"
@@ -357,6 +365,7 @@ def compiler_flags(variant: Variant, compiler: str, verbose: bool) -> dict[str, 
     cxx = [
         *common,
         *("-fPIC", "-fno-gnu-unique", "-Wall"),
+        f"-I{MANYLINUX}",
         f"-DPy_LIMITED_API={PYTHON_ABI}",
         f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}",
         *("-isystem", f"{torch}/include"),
@@ -367,7 +376,9 @@ def compiler_flags(variant: Variant, compiler: str, verbose: bool) -> dict[str, 
     if variant.toolkit is None:
         return {".cpp": cxx}
     # No torch headers for nvcc: they would put absolute paths into the names of the kernels.
-    nvcc = [*common, "-ccbin", compiler, "-Xcompiler", "-fPIC,-Wall", *gencode(variant.archs)]
+    # Names of temporary files, which end up in the library, are those of the objects: not random.
+    nvcc = [*common, "-ccbin", compiler, "-Xcompiler", f"-fPIC,-Wall,-I{MANYLINUX}"]
+    nvcc += ["--objdir-as-tempdir", *gencode(variant.archs)]
     nvcc += ["-Xptxas", "-v"] if verbose else []
     return {".cpp": [*cxx, "-isystem", f"{variant.toolkit.home}/include"], ".cu": nvcc}
 
@@ -384,7 +395,8 @@ def write_ninja(variant: Variant, verbose: bool) -> Path:
     compiler = find_compiler()
     flags = compiler_flags(variant, compiler, verbose)
     torch = find_torch(kernel.stable_abi(variant.backend))
-    libraries = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    libraries = ["-Wl,--build-id=none", f"-Wl,--version-script={MANYLINUX}/exports.map"]
+    libraries += [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     libraries += [str(variant.toolkit.cudart)] if variant.toolkit else []
     nvcc = variant.toolkit.nvcc if variant.toolkit else None
 
@@ -414,6 +426,9 @@ def write_ninja(variant: Variant, verbose: bool) -> Path:
                 objects.append(str(work / f"{source}.o"))
                 variables = {"flags": shlex.join(arguments)}
                 ninja.build(objects[-1], suffix[1:], source, variables=variables)
+        portability = f"{MANYLINUX}/portability.cpp"
+        objects.append(str(work / f"{portability}.o"))
+        ninja.build(objects[-1], "cpp", portability, variables={"flags": shlex.join(flags[".cpp"])})
         library = work / "kernel.so"
         ninja.build(str(library), "link", objects, variables={"libraries": shlex.join(libraries)})
     return library
