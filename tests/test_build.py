@@ -10,15 +10,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_abi_check import ObjectFile
 from kernels._rust import Digest, DigestAlgorithm, Metadata
+from releases import (
+    KERNEL,
+    ROOT,
+    VARIANTS,
+    copy_checkout,
+    edit,
+    skip_if_the_compiler_is_newer,
+    skip_without_binutils,
+)
 
+from tools import abi
 from tools import build as builder
 
-ROOT = builder.ROOT
-KERNEL = builder.Kernel.open(ROOT)
 PACKAGE = ROOT / "torch-ext" / KERNEL.package
-VARIANTS = sorted(path.parent for path in ROOT.glob("build/*/metadata.json"))
 
 each_backend = pytest.mark.parametrize("backend", KERNEL.backends)
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: path.name)
@@ -38,17 +44,7 @@ def library_of(variant: Path) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> builder.Kernel:
-    """A copy of all that goes into a build, to change at will."""
-    sources = {source for backend in KERNEL.backends for source in KERNEL.sources(backend)}
-    for name in [*sources, *KERNEL.other_inputs]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, tmp_path / name)
-    return builder.Kernel.open(tmp_path)
-
-
-def edit(kernel: builder.Kernel, name: str) -> None:
-    with open(kernel.root / name, "a") as file:
-        file.write("\n")
+    return copy_checkout(tmp_path)
 
 
 # ------------------------------------------------------------------------------ what is checked in
@@ -204,22 +200,12 @@ def test_variant_has_the_package(variant: Path) -> None:
 
 
 @each_variant
-def test_library_keeps_to_the_stable_abis(variant: Path) -> None:
-    library = library_of(variant)
-    assert ObjectFile(library).check_python_abi("3.9") == []
-    for tool in ("nm", "readelf"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is missing (binutils)")
-    symbols = builder.output_of(["nm", "--dynamic", "--demangle", "--undefined-only", library])
-    unstable = re.findall(r"^.*\b(?:at|c10|torch)::(?!stable::).*$", symbols, re.M)
-    assert unstable == []
-    needed = re.findall(r"NEEDED.*\[(.+)\]", builder.output_of(["readelf", "-d", library]))
-    system = r"lib(c|m|gcc_s|stdc\+\+|dl|pthread|rt)\.so\.\d+|ld-linux.*"
-    assert [n for n in needed if not re.fullmatch(system, n)] == [
-        *("libtorch.so", "libtorch_cpu.so", "libc10.so"),
-        *(["libcudart.so.13"] if "-cu13" in variant.name else []),
-        *(["libcudart.so.12"] if "-cu12" in variant.name else []),
-    ]
+def test_library_keeps_to_the_abis(variant: Path) -> None:
+    """Python's, torch's and manylinux's, without a newer symbol, and no library beyond torch's."""
+    skip_without_binutils()
+    violations = abi.check(variant)
+    skip_if_the_compiler_is_newer(violations)
+    assert violations == []
 
 
 @each_variant

@@ -39,6 +39,7 @@ RELEASE_ARCHS = {
     13: ["7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0", "12.1+PTX"],
 }
 ARCH_WITHOUT_GPU = "9.0"
+BUILDER = "tools/build.py"  # in provenance, the name of what built
 MANYLINUX = "tools/manylinux"  # what lets a newer system build for manylinux_2_28
 USUAL_CUDA_HOME = "/usr/local/cuda"
 PYTHON_ABI = "0x03090000"  # the limited API of Python 3.9, the oldest that kernels supports
@@ -132,7 +133,7 @@ class Kernel:
         package = [f"torch-ext/{self.package}/{file}" for file in self.package_files]
         manylinux = [path for path in (self.root / MANYLINUX).rglob("*") if path.is_file()]
         manylinux = sorted(str(path.relative_to(self.root)) for path in manylinux)
-        return [*package, *manylinux, "build.toml", "tools/build.py"]
+        return [*package, *manylinux, "build.toml", BUILDER]
 
     def stable_abi(self, backend: str) -> tuple[int, int]:
         major, minor = self.config["torch"]["stable-abi"][backend].split(".")
@@ -497,7 +498,7 @@ def metadata(variant: Variant, folder: Path) -> dict:
 
 def provenance(git: dict) -> dict:
     """Where a build comes from; this script, in the place of kernel-builder, is of one commit."""
-    return {"kernel-builder": {"version": "tools/build.py", **git}, "kernel": git}
+    return {"kernel-builder": {"version": BUILDER, **git}, "kernel": git}
 
 
 def mend_provenance(kernel: Kernel, folder: Path) -> None:

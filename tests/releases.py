@@ -1,0 +1,63 @@
+"""What a release is made of, copied to be changed at will."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tools import build as builder
+
+ROOT = builder.ROOT
+KERNEL = builder.Kernel.open(ROOT)
+VARIANTS = sorted(path.parent for path in ROOT.glob("build/*/metadata.json"))
+
+
+def copy_checkout(to: Path) -> builder.Kernel:
+    """All that goes into a build."""
+    sources = {source for backend in KERNEL.backends for source in KERNEL.sources(backend)}
+    for name in [*sources, *KERNEL.other_inputs]:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, to / name)
+    return builder.Kernel.open(to)
+
+
+def edit(kernel: builder.Kernel, name: str) -> None:
+    with open(kernel.root / name, "a") as file:
+        file.write("\n")
+
+
+def edit_metadata(variant: Path, **changes) -> None:
+    """Replaces keys of metadata.json; None removes one."""
+    file = variant / "metadata.json"
+    data = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+def copy_release(to: Path) -> builder.Kernel:
+    """The checkout, its variants as if built from a commit, and what is published beside them."""
+    kernel = copy_checkout(to)
+    for name in ("CARD.md", "benchmarks/benchmark.py"):
+        (to / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, to / name)
+    git = {"commit": "1" * 40, "dirty": False}
+    for variant in VARIANTS:
+        copy = Path(shutil.copytree(variant, to / "build" / variant.name))
+        shutil.rmtree(copy / "__pycache__", ignore_errors=True)
+        edit_metadata(copy, provenance=builder.provenance(git))
+    return kernel
+
+
+def skip_without_binutils() -> None:
+    for tool in ("nm", "readelf", "c++filt"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is missing (binutils)")
+
+
+def skip_if_the_compiler_is_newer(violations: "list[str]") -> None:
+    """A release is built with g++ 12; what newer ones need of the system is no fault of ours."""
+    version = builder.output_of([builder.find_compiler(), "-dumpversion"]).split(".")[0].strip()
+    newer = [v for v in violations if re.search(r"of manylinux|^std::", v)]
+    if violations and violations == newer and int(version) > 12:
+        pytest.skip(f"g++ is {version}, a release is built with 12: {'; '.join(violations)}")
