@@ -13,8 +13,8 @@ os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={Path(__file__).resolve().par
 
 # A build of torch with CUDA loads the CUDA variant, which serves CPU tensors too. On a machine
 # without a GPU the CPU variant is asked for.
-_BACKEND = "cpu" if torch.version.cuda and not torch.cuda.is_available() else None
-KERNEL = kernels.get_kernel(REPO_ID, version=1, backend=_BACKEND)
+BACKEND = "cpu" if torch.version.cuda and not torch.cuda.is_available() else None
+KERNEL = kernels.get_kernel(REPO_ID, version=1, backend=BACKEND)
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

@@ -53,6 +53,7 @@ class Fault:
     request: str  # a regular expression of "GET /path"
     status: int = 500
     bytes_sent: "int | None" = None  # for a body that breaks off
+    shortened_to: "int | None" = None  # for a body that ends early and does not say so
     times: float = float("inf")
 
 
@@ -112,7 +113,7 @@ def _handler_of(hub: Hub) -> type:
             hub.requests.append(request)
             fault = hub.fault_for(request)
             try:
-                if fault is not None and fault.bytes_sent is None:
+                if fault is not None and fault.bytes_sent == fault.shortened_to:
                     raise Refusal(fault.status, "the stand-in was told to fail")
                 for pattern, function in routes:
                     match = re.fullmatch(pattern, request)
@@ -127,7 +128,11 @@ def _handler_of(hub: Hub) -> type:
                 self.reply(refusal.status, {"error": refusal.message}, headers)
                 return
             status, content, headers = reply if isinstance(reply, tuple) else (200, reply, {})
-            self.reply(status, content, headers, fault.bytes_sent if fault else None)
+            if fault is None:
+                self.reply(status, content, headers)
+            else:
+                content = content[: fault.shortened_to]
+                self.reply(status, content, headers, fault.bytes_sent)
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
