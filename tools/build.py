@@ -409,7 +409,9 @@ def write_ninja(variant: Variant, verbose: bool) -> Path:
         depfile = {"depfile": "$out.d", "deps": "gcc"}
         compile = "-MD -MF $out.d $flags -c $in -o $out"
         ninja.rule("cpp", f"{compiler} {compile}", "c++  $in", **depfile)
-        ninja.rule("cu", f"{nvcc} {compile}", "nvcc $in", **depfile)
+        # Names of kernels hold a hash of the source's path: absolute, unless told otherwise.
+        path = "-Xcudafe --orig_src_path_name=$in"
+        ninja.rule("cu", f"{nvcc} {path} {compile}", "nvcc $in", **depfile)
         ninja.rule("link", f"{compiler} -shared -o $out $in $libraries", "link $out")
 
         objects = []
@@ -441,10 +443,12 @@ def compile_and_link(variant: Variant, jobs: int, verbose: bool) -> Path:
     root = variant.kernel.root
     library = write_ninja(variant, verbose)
     command = [ninja, "-f", variant.work / "build.ninja", "-j", str(jobs)]
-    status = {"NINJA_STATUS": f"  {variant.backend} [%f/%t] %es  "}
-    done = subprocess.run(
-        command + (["-v"] if verbose else []), cwd=root, env={**os.environ, **status}
-    )
+    environment = {**os.environ, "NINJA_STATUS": f"  {variant.backend} [%f/%t] %es  "}
+    if len(variant.archs) > 1:  # not in build.ninja: what was compiled stays so with other jobs
+        files = sum(source.endswith(".cu") for source in variant.kernel.sources(variant.backend))
+        threads = max(1, min(jobs // files, len(variant.archs)))
+        environment["NVCC_APPEND_FLAGS"] = f"--threads {threads}"
+    done = subprocess.run(command + (["-v"] if verbose else []), cwd=root, env=environment)
     if done.returncode != 0:
         raise BuildError(
             f"the {variant.backend} build failed, see above; "
@@ -565,16 +569,24 @@ def assemble(variant: Variant, library: Path) -> None:
 # ------------------------------------------------------------------------------------ command line
 
 
-def build(kernel: Kernel, backend: str, archs: list[str] | None, jobs: int, verbose: bool) -> None:
+def build(
+    kernel: Kernel,
+    backend: str,
+    archs: list[str] | None,
+    jobs: int,
+    verbose: bool,
+    nvcc: Path | None = None,
+) -> None:
     """Builds one backend's variant, unless it is there already.
 
     Args:
         archs: GPU architectures for CUDA, ["all"] for kernel-builder's, None for this machine's.
+        nvcc: The one to use; None for one that serves this machine's torch.
     """
     toolkit, compute = None, "cpu"
     if backend == "cuda":
         try:
-            toolkit = CudaToolkit.find()
+            toolkit = CudaToolkit.of(nvcc) if nvcc else CudaToolkit.find()
         except NvccMissing:
             if not say_if_current(kernel, "cuda", "cu*", archs):
                 raise
@@ -620,6 +632,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="GPU architectures like 8.0 9.0 12.1+PTX, or all for those of a release "
         f"(default: those of the GPUs present, else {ARCH_WITHOUT_GPU})",
     )  # fmt: skip
+    parser.add_argument("--nvcc", type=Path, help="default: one that fits this machine's torch")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: %(default)s")
     parser.add_argument("--verbose", action="store_true", help="show commands and ptxas statistics")
     parser.add_argument(
@@ -656,7 +669,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.backend != "cuda":
             build(kernel, "cpu", None, args.jobs, args.verbose)
         if args.backend != "cpu":
-            build(kernel, "cuda", args.archs, args.jobs, args.verbose)
+            build(kernel, "cuda", args.archs, args.jobs, args.verbose, args.nvcc)
     except NvccMissing as error:
         # Only who asked for CUDA, or has a GPU to use it with, needs nvcc.
         if args.backend is not None or present_archs():
