@@ -21,7 +21,7 @@ export LOCAL_KERNELS := org/deformable-detr=$(CURDIR)
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: bench
 bench: build ## compare with the eager implementations on this machine
@@ -54,9 +54,17 @@ lint: $(ENVIRONMENT) ## check the style of Python and native code
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -c 'import clang_format as c; c.clang_format()' --dry-run -Werror $(NATIVE)
 
+.PHONY: release
+release: $(ENVIRONMENT) ## build every variant of the last commit, twice, into release/
+	$(PYTHON) tools/release.py $(ARGS)
+
+.PHONY: publish
+publish: $(ENVIRONMENT) ## upload release/ to the Hub; ARGS=--dry-run only shows what would change
+	$(PYTHON) tools/publish.py $(ARGS)
+
 .PHONY: clean
 clean: ## remove what was built; .venv stays
-	rm -rf build .ninja
+	rm -rf build .ninja release .toolkits
 
 # A machine with a GPU and no nvcc gets nvcc from pip.
 .venv/.installed: requirements.txt requirements-cuda.txt
