@@ -2,7 +2,9 @@
 
 import ast
 import base64
+import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import KERNEL as KERNEL_MODULE
 from kernels._rust import Digest, DigestAlgorithm, Metadata
 from releases import (
     KERNEL,
@@ -17,12 +21,14 @@ from releases import (
     VARIANTS,
     copy_checkout,
     edit,
+    edit_metadata,
     skip_if_the_compiler_is_newer,
     skip_without_binutils,
 )
 
 from tools import abi
 from tools import build as builder
+from tools.release import differences
 
 PACKAGE = ROOT / "torch-ext" / KERNEL.package
 
@@ -40,6 +46,10 @@ def backend_of(variant: Path) -> str:
 def library_of(variant: Path) -> Path:
     (library,) = variant.glob("*.so")
     return library
+
+
+def read(variant: Path, name: str) -> str:
+    return (variant / name).read_text()
 
 
 @pytest.fixture
@@ -115,9 +125,42 @@ def test_flake_lock_is_consistent() -> None:
     assert f'"github:{original["owner"]}/{original["repo"]}"' in flake
 
 
+@pytest.fixture
+def nix() -> "list[str]":
+    """nix-instantiate, without a store."""
+    path = shutil.which("nix-instantiate")
+    if path is None:
+        pytest.skip("nix-instantiate is missing (Debian, Ubuntu: nix-bin)")
+    return [path, "--store", "dummy://"]
+
+
+def test_flake_is_nix(nix: "list[str]") -> None:
+    done = subprocess.run([*nix, "--parse", ROOT / "flake.nix"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_flake_calls_kernel_builder_as_it_wants_to_be_called(nix: "list[str]") -> None:
+    """Its outputs, evaluated with a stub that gives back what it was called with."""
+    expression = f"""
+      let
+        flake = import {ROOT / "flake.nix"};
+        stub = {{ lib.genKernelFlakeOutputs = arguments: arguments; }};
+        outputs = flake.outputs {{ self = "itself"; kernel-builder = stub; }};
+      in {{ inputs = builtins.attrNames flake.inputs;
+            arguments = outputs // {{ path = toString outputs.path; }}; }}
+    """
+    evaluate = [*nix, "--eval", "--strict", "--json", "--expr", expression]
+    done = subprocess.run(evaluate, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "inputs": ["kernel-builder"],
+        "arguments": {"self": "itself", "path": str(ROOT)},
+    }
+
+
 def test_requirements_are_pinned_once() -> None:
     pins = {}
-    for file in ("requirements.txt", "requirements-cuda.txt"):
+    for file in ("requirements.txt", "requirements-cuda.txt"):  # the third one installs elsewhere
         for line in (ROOT / file).read_text().splitlines():
             if line and not line.startswith("#"):
                 name, pinned, version = line.partition("==")
@@ -152,7 +195,8 @@ def test_package_imports_itself_relatively_and_else_only_torch(module: Path) -> 
 
 def test_registrations_name_ops_in_the_namespace_of_the_build() -> None:
     registrars = {"custom_op", "triton_op"} | {
-        f"register_{what}" for what in ("autograd", "autocast", "fake", "kernel", "vmap")
+        f"register_{what}"
+        for what in ("autograd", "autocast", "fake", "kernel", "torch_dispatch", "vmap")
     }
     found = 0
     for module in PACKAGE.rglob("*.py"):
@@ -175,6 +219,18 @@ def test_all_is_a_literal_list_with_layers() -> None:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     ]
     assert isinstance(names, list) and "layers" in names
+
+
+def test_layers_are_pure() -> None:
+    """What kernels demands of a class whose forward replaces another's."""
+    plain = {name for name, _ in inspect.getmembers(torch.nn.Module)}
+    assert KERNEL_MODULE.layers.__all__
+    for name in KERNEL_MODULE.layers.__all__:
+        layer = getattr(KERNEL_MODULE.layers, name)
+        assert issubclass(layer, torch.nn.Module)
+        assert layer.__init__ is torch.nn.Module.__init__
+        own = {member for member, _ in inspect.getmembers(layer)} - plain
+        assert own <= {"has_backward", "can_torch_compile"}
 
 
 # ----------------------------------------------------------------------------------- built variants
@@ -210,7 +266,73 @@ def test_library_keeps_to_the_abis(variant: Path) -> None:
 
 @each_variant
 def test_library_does_not_tell_where_it_was_built(variant: Path) -> None:
-    assert str(ROOT).encode() not in library_of(variant).read_bytes()
+    content = library_of(variant).read_bytes()
+    for path in (ROOT, builder.find_torch((2, 11)), Path.home()):
+        assert bytes(path) not in content
+
+
+def test_a_second_build_elsewhere_is_the_same(checkout: builder.Kernel) -> None:
+    """Every byte of the CPU variant but the provenance, which a copy without git has not.
+
+    `make release` compares the CUDA variants, too.
+    """
+    (first,) = (variant for variant in VARIANTS if backend_of(variant) == "cpu")
+    if not (ROOT / ".ninja" / first.name / "kernel.so").is_file():
+        pytest.skip(f"{first.name} was built by another machine, perhaps another compiler")
+    builder.build(checkout, "cpu", None, jobs=os.cpu_count(), verbose=False)
+    second = checkout.root / "build" / first.name
+    edit_metadata(second, provenance=json.loads(read(first, "metadata.json")).get("provenance"))
+    assert set(differences(first, second)) <= {"metadata.json"}
+    assert json.loads(read(first, "metadata.json")) == json.loads(read(second, "metadata.json"))
+
+
+@each_variant
+def test_metadata_tells_what_was_built(variant: Path) -> None:
+    metadata = Metadata.read_from_file(variant / "metadata.json")
+    general = KERNEL.config["general"]
+    assert (metadata.version, metadata.license) == (general["version"], general["license"])
+    assert metadata.name.python_name == KERNEL.package
+    assert str(metadata.digest.algorithm) == "sha256"
+    assert (metadata.backend.archs is None) == (backend_of(variant) == "cpu")
+    for arch in metadata.backend.archs or []:
+        builder.parse_arch(arch)
+    if metadata.provenance is not None:  # built in a git checkout
+        for git in (metadata.provenance.kernel, metadata.provenance.kernel_builder.git):
+            assert re.fullmatch(r"[0-9a-f]{40}", git.commit)
+
+
+# ------------------------------------------------------------------------- what the ABI check finds
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("namespace c10 { void f(); } void g() { c10::f(); }", [], r"c10::f\(\) has no version"),
+        ('extern "C" void aoti_torch_new(); void g() { aoti_torch_new(); }', [], "aoti_torch_new"),
+        ("namespace std { void f(); } void g() { std::f(); }", [], r"std::f\(\) has no version"),
+        ('extern "C" void _Py_Secret(); void g() { _Py_Secret(); }', [], "_Py_Secret"),
+        ('extern "C" int PyUnicode_AsUTF8(); int g() { return PyUnicode_AsUTF8(); }', [],
+         "not of Python 3.9's limited API: .*PyUnicode_AsUTF8"),
+        ("void g() {}", ["-Wl,--no-as-needed", "-lresolv"], "libresolv.so.2 is not of torch"),
+        ("void g() {}", ["-Wl,-rpath,/opt"], "searches /opt for libraries"),
+    ],
+)  # fmt: skip
+def test_the_abi_check_finds(
+    source: str, options: "list[str]", message: str, tmp_path: Path
+) -> None:
+    skip_without_binutils()
+    library = tmp_path / "library.so"
+    command = [builder.find_compiler(), "-shared", "-fPIC", "-xc++", "-", *options, "-o", library]
+    subprocess.run(command, input=source, text=True, check=True)
+    (violation,) = abi.violations(library, (2, 11), None)
+    assert re.search(message, violation), violation
+
+
+def test_the_stable_shims_are_those_of_the_release() -> None:
+    """2.13 has more functions than 2.11, and both have what every kernel needs."""
+    shims = abi.stable_shims((2, 11))
+    assert {"aoti_torch_library_init_impl", "torch_parallel_for"} <= shims
+    assert shims < abi.stable_shims((2, 13))
 
 
 # ------------------------------------------------------------------------------- ids and rebuilding

@@ -24,6 +24,10 @@ PYTHON = "3.9"
 TORCH_LIBRARIES = {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
 SYSTEM_LIBRARIES = r"lib(c|m|gcc_s|stdc\+\+|dl|pthread|rt)\.so\.\d+|ld-linux.*\.so\.\d+"
 
+# Weak symbols of every library: the compiler's start files name them, and none has to be there.
+OPTIONAL = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+OPTIONAL |= {"__cxa_finalize", "__gmon_start__"}
+
 # Every header that declares functions of torch's stable C ABI. The second needs CUDA's headers for
 # the functions of streams, so these are not read but named.
 SHIM_HEADERS = ["torch/csrc/stable/c/shim.h", "torch/csrc/inductor/aoti_torch/c/shim.h"]
@@ -77,11 +81,9 @@ def violations(library: Path, stable_abi: tuple[int, int], cuda: int | None) -> 
     found += [f"not of {MANYLINUX}: {s}" for s in file.check_manylinux(MANYLINUX)]
 
     shims = stable_shims(stable_abi)
-    # Weak symbols, which the linker adds for tools that may be absent.
-    optional = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
     for symbol in undefined_symbols(library):
         name, _, version = symbol.partition("@")
-        if not version and not name.startswith("Py") and name not in shims | optional:
+        if not version and not name.startswith(("Py", "_Py")) and name not in shims | OPTIONAL:
             plain = builder.output_of(["c++filt", name]).strip()
             expected = f"the stable ABI of torch {builder.dotted(stable_abi)}"
             found.append(f"{plain} has no version and is not of {expected}")
