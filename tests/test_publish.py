@@ -79,7 +79,9 @@ def test_everything_arrives(hub: Hub, release: builder.Kernel) -> None:
     assert set(repository.files("main")) == {"README.md", ".gitattributes"}
     card = repository.files("main")["README.md"].decode()
     assert f'get_kernel("{REPO_ID}", version=1)' in card
-    assert "- `ms_deform_attn`" in card and "- `MultiScaleDeformableAttention`" in card
+    for line in ("## Functions and modules", "- `ms_deform_attn`", "## Layers"):
+        assert f"\n{line}\n" in card
+    assert "\n\n\n" not in card and "\n- `MultiScaleDeformableAttention`\n\n## " in card
     assert "{{" not in card and "{%" not in card and "license: apache-2.0" in card
 
 
