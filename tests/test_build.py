@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import fnmatch
 import inspect
 import json
 import os
@@ -168,6 +169,25 @@ def test_requirements_are_pinned_once() -> None:
                 pins[name] = version
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert re.findall(r"rev: v(.+)", hooks) == [pins["ruff"], pins["clang-format"]]
+
+
+def test_workflows_name_what_exists() -> None:
+    workflows = [*(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / ".ci" / "run"]
+    text = "\n".join(file.read_text() for file in workflows)
+    named = set(re.findall(r"tools/\w+\.py|requirements[\w-]*\.txt", text))
+    assert len(named) > 3
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_a_release_starts_with_every_source_that_changes() -> None:
+    """The path filter of release.yml."""
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    filters = re.findall(r"^      - (\S+)$", text, re.M)
+    inputs = {source for backend in KERNEL.backends for source in KERNEL.sources(backend)}
+    inputs |= {"flake.nix", "flake.lock", "CARD.md", *KERNEL.other_inputs}
+    for name in inputs:
+        if not name.startswith("tools/"):  # of the local build
+            assert any(fnmatch.fnmatch(name, pattern) for pattern in filters), name
 
 
 # --------------------------------------------------------------------------- the Hub's requirements
