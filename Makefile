@@ -14,7 +14,7 @@ else
   ENVIRONMENT := .venv/.installed
 endif
 
-NATIVE = $(shell find deformable_detr torch-ext benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE = $(shell find deformable_detr torch-ext benchmarks tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # The tests and benchmarks load this checkout where users load the Hub's repository.
 export LOCAL_KERNELS := org/deformable-detr=$(CURDIR)

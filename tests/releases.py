@@ -49,7 +49,8 @@ def copy_release(to: Path) -> builder.Kernel:
     return kernel
 
 
-def skip_without_binutils() -> None:
+def skip_without_abi_tools() -> None:
+    pytest.importorskip("kernel_abi_check")
     for tool in ("nm", "readelf", "c++filt"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is missing (binutils)")

@@ -18,7 +18,7 @@ from releases import (
     VARIANTS,
     copy_release,
     skip_if_the_compiler_is_newer,
-    skip_without_binutils,
+    skip_without_abi_tools,
 )
 
 from tools import abi
@@ -74,7 +74,7 @@ for arguments in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A Hub on which the kernel was published, beside variants for other environments."""
-    skip_without_binutils()
+    skip_without_abi_tools()
     kernel = copy_release(tmp_path_factory.mktemp("release"))
     for variant in VARIANTS:
         skip_if_the_compiler_is_newer(abi.check(variant))

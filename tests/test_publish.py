@@ -13,7 +13,7 @@ from releases import (
     copy_release,
     edit_metadata,
     skip_if_the_compiler_is_newer,
-    skip_without_binutils,
+    skip_without_abi_tools,
 )
 
 from tools import abi, publish
@@ -25,7 +25,7 @@ REPO_ID = "org/deformable-detr"
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> builder.Kernel:
     """Not to be changed."""
-    skip_without_binutils()
+    skip_without_abi_tools()
     kernel = copy_release(tmp_path_factory.mktemp("release"))
     for variant in VARIANTS:
         skip_if_the_compiler_is_newer(abi.check(variant))

@@ -396,7 +396,8 @@ def write_ninja(variant: Variant, verbose: bool) -> Path:
     compiler = find_compiler()
     flags = compiler_flags(variant, compiler, verbose)
     torch = find_torch(kernel.stable_abi(variant.backend))
-    libraries = ["-Wl,--build-id=none", f"-Wl,--version-script={MANYLINUX}/exports.map"]
+    exports = f"{MANYLINUX}/exports.map"
+    libraries = ["-Wl,--build-id=none", f"-Wl,--version-script={exports}"]
     libraries += [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     libraries += [str(variant.toolkit.cudart)] if variant.toolkit else []
     nvcc = variant.toolkit.nvcc if variant.toolkit else None
@@ -433,7 +434,8 @@ def write_ninja(variant: Variant, verbose: bool) -> Path:
         objects.append(str(work / f"{portability}.o"))
         ninja.build(objects[-1], "cpp", portability, variables={"flags": shlex.join(flags[".cpp"])})
         library = work / "kernel.so"
-        ninja.build(str(library), "link", objects, variables={"libraries": shlex.join(libraries)})
+        variables = {"libraries": shlex.join(libraries)}
+        ninja.build(str(library), "link", objects, implicit=exports, variables=variables)
     return library
 
 
