@@ -44,7 +44,8 @@ def copy_release(to: Path) -> builder.Kernel:
     git = {"commit": "1" * 40, "dirty": False}
     for variant in VARIANTS:
         copy = Path(shutil.copytree(variant, to / "build" / variant.name))
-        shutil.rmtree(copy / "__pycache__", ignore_errors=True)
+        (copy / "__pycache__").mkdir(exist_ok=True)  # as where a variant was loaded from
+        (copy / "__pycache__" / "layers.pyc").touch()
         edit_metadata(copy, provenance=builder.provenance(git))
     return kernel
 

@@ -61,6 +61,7 @@ def refused(kernel: builder.Kernel, *arguments: str) -> str:
 
 def local_files(kernel: builder.Kernel) -> "dict[str, bytes]":
     paths = [path for path in kernel.root.glob("build/**/*") if path.is_file()]
+    paths = [path for path in paths if path.suffix != ".pyc"]
     paths.append(kernel.root / "benchmarks" / "benchmark.py")
     return {str(path.relative_to(kernel.root)): path.read_bytes() for path in paths}
 
@@ -163,6 +164,16 @@ def test_an_interruption_publishes_nothing_and_is_resumed(
         assert sum(request.startswith("PUT ") for request in hub.requests) == sent
 
 
+def test_a_branch_that_stays_empty_is_told_and_filled_later(
+    hub: Hub, release: builder.Kernel
+) -> None:
+    hub.faults = [Fault("POST .*/commit/v1"), Fault("DELETE .*/branch/v1")]
+    assert "could not be removed; run it again" in refused(release)
+    hub.faults = []
+    run(release)
+    assert hub.repositories[REPO_ID].files("v1").items() >= local_files(release).items()
+
+
 def test_a_branch_that_moved_is_left(hub: Hub, changed: builder.Kernel, monkeypatch) -> None:
     run(changed)
     repository = hub.repositories[REPO_ID]
@@ -208,6 +219,7 @@ def spoil_provenance(variant: Path) -> None:
         (functools.partial(edit_metadata, version=2), "is of version 2, build.toml has 1"),
         (functools.partial(edit_metadata, id="_of_others"), "was built from other sources"),
         (functools.partial(edit_metadata, name=None), "metadata.json: .*name"),
+        (lambda variant: (variant / "metadata.json").unlink(), "metadata.json: .*No such file"),
         (shutil.rmtree, "has no variant; run make release"),
     ],
 )

@@ -45,7 +45,7 @@ class PublishError(Exception):
 
 
 def find_variants(root: Path) -> list[Path]:
-    return sorted(path.parent for path in root.glob("build/*/metadata.json"))
+    return sorted(path for path in root.glob("build/*") if path.is_dir())
 
 
 def problems(kernel: builder.Kernel, variant: Path) -> list[str]:
@@ -54,7 +54,7 @@ def problems(kernel: builder.Kernel, variant: Path) -> list[str]:
 
     try:
         metadata = Metadata.read_from_file(variant / "metadata.json")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return [f"metadata.json: {error}"]
 
     found = []
@@ -159,6 +159,7 @@ def make_plan(
 ) -> Plan:
     """Compares the release with what the Hub has; changes nothing."""
     files = [path for variant in variants for path in variant.rglob("*") if path.is_file()]
+    files = [path for path in files if path.suffix != ".pyc"]  # as in the digest
     files += (kernel.root / "benchmarks").glob("benchmark*.py")
     files = {str(path.relative_to(kernel.root)): path for path in sorted(files)}
 
@@ -239,9 +240,15 @@ def publish(api: HfApi, plan: Plan, private: bool = False, create_pr: bool = Fal
                 create_pr=create_pr,
             )
         ]
-    except BaseException:
+    except BaseException as error:
         if plan.parent is None:  # else users would find a version without a variant
-            api.delete_branch(plan.repo_id, branch=plan.branch, repo_type="kernel")
+            try:
+                api.delete_branch(plan.repo_id, branch=plan.branch, repo_type="kernel")
+            except HTTPError:
+                raise PublishError(
+                    f"the branch {plan.branch} of {plan.repo_id} was made, but its files did not "
+                    "arrive and it could not be removed; run it again"
+                ) from error
         raise
     commits.append(
         api.create_commit(
