@@ -24,7 +24,7 @@ README = ROOT / "README.md"
 REPORT = ROOT / "docs" / "benchmarks.md"
 PICTURES = ROOT / "docs" / "figures"
 # The results that are quoted: of the operator, of whole models, and kernels-benchmarks' protocol.
-SUITE = RESULTS / "h100-2026-11-24.jsonl"
+SUITE = RESULTS / "h200-2026-11-25.jsonl"
 MODELS = RESULTS / "h200-2026-11-25-models.jsonl"
 SEED = RESULTS / "h200-2026-11-25-deformable_detr.jsonl"
 
