@@ -518,7 +518,7 @@ int main(int argc, char** argv) {
     test<float>(problem);
     test<double>(problem);
     test<half_t>(problem);
-    test<bfloat16_t>(problem);
+    test<ms_deform_attn::bfloat16_t>(problem);  // Arm's headers have one, too
   }
   std::printf("%zu problems in 4 dtypes: %d failures\n", problems.size(), failures);
   return failures != 0;

@@ -5,6 +5,7 @@
     python tools/sanitize.py memcheck               # GPU; also racecheck, initcheck, synccheck
     python tools/sanitize.py guards                 # GPU: each tensor between zones of NaN
     python tools/sanitize.py none                   # CPU, none: a quick test of the kernels alone
+    CXX=aarch64-linux-gnu-g++ python tools/sanitize.py none --emulator qemu-aarch64  # another CPU
 
 Each instruction set that the processor has is run. The exit status is 1 if one run fails.
 """
@@ -32,8 +33,9 @@ GPU_TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 HARNESS = "tools/sanitize.cpp"
 
 
-def compile_for_cpu(sanitizers: str, out: Path) -> None:
+def compile_for_cpu(sanitizers: str, out: Path, static: bool) -> None:
     flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
+    flags += ["-static"] if static else []
     kernel = Kernel.open(ROOT)
     run_compiler(kernel, [*flags, *sources(kernel, "cpu"), HARNESS, "-o", out])
 
@@ -71,12 +73,13 @@ def run_compiler(kernel: Kernel, arguments: list) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def run_on_cpu(program: Path, sanitizer: str) -> bool:
+def run_on_cpu(program: Path, sanitizer: str, emulator: str | None) -> bool:
     ok = True
-    for capability in CAPABILITIES:
-        print(f"{sanitizer}, {capability}: ", end="", flush=True)
+    for capability in ["default"] if emulator else CAPABILITIES:
+        print(f"{sanitizer}, {emulator or capability}: ", end="", flush=True)
         environment = {**os.environ, "MSDA_CPU_CAPABILITY": capability}
-        ok &= subprocess.run([program], env=environment).returncode == 0
+        command = [*([emulator] if emulator else []), program]
+        ok &= subprocess.run(command, env=environment).returncode == 0
     return ok
 
 
@@ -93,6 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python tools/sanitize.py", description=__doc__)
     parser.add_argument("sanitizer", nargs="*", default=["thread"], help="as -fsanitize has it")
     parser.add_argument("--gpu-program", type=Path, help="what to run, compiled if it is not there")
+    parser.add_argument("--emulator", help="runs the program, if CXX compiles for another CPU")
     args = parser.parse_args()
     ok = True
     with tempfile.TemporaryDirectory() as folder:
@@ -104,8 +108,9 @@ def main() -> int:
                 ok &= run_on_gpu(on_gpu, sanitizer)
             else:
                 program = Path(folder) / "sanitize"
-                compile_for_cpu("" if sanitizer == "none" else sanitizer, program)
-                ok &= run_on_cpu(program, sanitizer)
+                flags = "" if sanitizer == "none" else sanitizer
+                compile_for_cpu(flags, program, static=args.emulator is not None)
+                ok &= run_on_cpu(program, sanitizer, args.emulator)
     return int(not ok)
 
 
