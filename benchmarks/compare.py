@@ -8,7 +8,6 @@ Files of two machines, or of one machine under another load, are compared with -
 time is then taken in units of that implementation's in the same file.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .implementations import OURS
-from .records import case_of, is_absent, latest, read, show
+from .records import case_of, command, is_absent, latest, read, show
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -135,11 +134,7 @@ def build_table(comparisons: list[Comparison], threshold: float, unit: str | Non
 
 def main(arguments: list[str] | None = None) -> int:
     """Compares two files; the exit status is 1 if something is slower or wrong."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command("compare", __doc__)
     parser.add_argument("before", type=Path, metavar="BEFORE", help="JSON lines")
     parser.add_argument("after", type=Path, metavar="AFTER", help="JSON lines")
     parser.add_argument("--impls", nargs="+", default=list(OURS), metavar="NAME")

@@ -6,14 +6,13 @@ over batch, from the scaling_* workloads; models: whole models' images per secon
 have no records for is not drawn. Wrong results are drawn hollow, and set no speed-up.
 """
 
-import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from . import environment
 from .implementations import BASELINE, FUSED, IMPLEMENTATIONS, KERNEL
-from .records import case_of, check_one_device, latest, read
+from .records import case_of, check_one_device, command_on_files, latest, read
 
 THEMES = ("light", "dark")
 # Colours that colour-blind people can tell apart, on white and on black (Okabe and Ito).
@@ -423,13 +422,7 @@ CHARTS: dict[str, Callable] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks figures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser = command_on_files("figures", __doc__)
     options = parser.parse_args(arguments)
     try:
         records = read(options.files)

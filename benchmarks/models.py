@@ -42,7 +42,7 @@ from .benchmark import Inputs
 from .checks import TOLERANCES, load_reference
 from .implementations import KERNEL, REPOSITORY, ROOT, get_project_kernel
 from .peers import COMMUNITY
-from .records import Results
+from .records import Results, failed
 from .suite import DTYPES
 from .table import build_models_table
 from .timing import Effort, summarize, time_latency, timed_call
@@ -422,16 +422,7 @@ def _measure_or_explain(case: Case, name: str, device: torch.device, effort: Eff
         return measure(case, IMPLEMENTATIONS[name], device, effort)
     except Exception as error:
         traceback.clear_frames(error.__traceback__)
-        return {
-            "lat_ms": None,
-            "images_per_s": None,
-            "compile_ms": None,
-            "peak_bytes": None,
-            "ok": False,
-            "absmax": None,
-            "corr": {},
-            "err": {"type": type(error).__name__, "msg": str(error)},
-        }
+        return {**failed(error), "images_per_s": None}
     finally:
         gc.collect()
         torch.cuda.empty_cache()

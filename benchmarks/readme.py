@@ -6,7 +6,6 @@ has the pictures. ``--check`` writes nothing and exits with 1 if one of the two 
 would write; the tests ask that of every commit.
 """
 
-import argparse
 import difflib
 import re
 import sys
@@ -16,17 +15,20 @@ from pathlib import Path
 
 from . import environment, figures
 from .implementations import KERNEL, ROOT
-from .records import RESULTS, case_of, latest, read
+from .records import RESULTS, case_of, command, latest, read
 from .report import ABOUT, build_markdown, markdown_table, picture, sheets
 from .table import format_us, model_figures
 
 README = ROOT / "README.md"
 REPORT = ROOT / "docs" / "benchmarks.md"
 PICTURES = ROOT / "docs" / "figures"
-# The results that are quoted: of the operator, of whole models, and kernels-benchmarks' protocol.
+# The results that are quoted: of the operator, over its sizes, of whole models, and
+# kernels-benchmarks' protocol.
 SUITE = RESULTS / "h200-2026-11-25.jsonl"
+SCALING = RESULTS / "h200-2026-11-25-scaling.jsonl"
 MODELS = RESULTS / "h200-2026-11-25-models.jsonl"
 SEED = RESULTS / "h200-2026-11-25-deformable_detr.jsonl"
+ALL = [SUITE, SCALING, MODELS, SEED]
 
 WORKLOADS = (
     "seed_b2_q300",
@@ -136,7 +138,7 @@ def pictures() -> list[str]:
 def report() -> str:
     """docs/benchmarks.md."""
     drawn = {name: _files(name) for name in figures.CHARTS if _files(name)["light"].exists()}
-    tables = sheets(read([SUITE, MODELS, SEED]))
+    tables = sheets(read(ALL))
     return build_markdown("Benchmarks", tables, drawn, f"{PICTURES.name}/")
 
 
@@ -187,17 +189,13 @@ def write(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks readme",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command("readme", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, tell what is stale")
     parser.add_argument("--pictures", action="store_true", help=f"draw {PICTURES.name}/ anew, too")
     options = parser.parse_args(arguments)
     if options.pictures:
-        for file in (SUITE, MODELS):
-            figures.draw(read([file]), PICTURES, ("svg",))
+        for files in ([SUITE, SCALING], [MODELS]):
+            figures.draw(read(files), PICTURES, ("svg",))
     stale = []
     for file, after in ((README, write(README.read_text("utf-8"))), (REPORT, report())):
         before = file.read_text("utf-8") if file.exists() else ""

@@ -1,5 +1,6 @@
 """Files of records, one JSON object a line: written as they come, so that an end loses nothing."""
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +44,36 @@ def is_absent(record: dict) -> bool:
 def latest(records: Iterable[dict]) -> list[dict]:
     """Of records of the same implementation and case the last, in the order of the first."""
     return list({(record["impl"], case_of(record)): record for record in records}.values())
+
+
+def failed(error: Exception, kind: str | None = None) -> dict:
+    """The fields of a record's results where there are none, and why."""
+    return {
+        "lat_ms": None,
+        "compile_ms": None,
+        "peak_bytes": None,
+        "ok": False,
+        "absmax": None,
+        "corr": {},
+        "err": {"type": kind or type(error).__name__, "msg": str(error)},
+    }
+
+
+def command(name: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command of the suite, which shows its module's docstring as it is."""
+    return argparse.ArgumentParser(
+        f"python -m benchmarks {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def command_on_files(name: str, description: str) -> argparse.ArgumentParser:
+    """A command that makes a folder's files of records."""
+    parser = command(name, description)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    return parser
 
 
 def check_one_device(records: Iterable[dict]) -> None:

@@ -4,7 +4,6 @@ Writes report.html, which needs no other file and no network, report.md, and the
 report.md shows. Where matplotlib is missing both come without pictures, and say so.
 """
 
-import argparse
 import base64
 import html
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from . import environment, figures
 from .implementations import KERNEL
-from .records import case_of, check_one_device, is_absent, latest, read
+from .records import case_of, check_one_device, command_on_files, is_absent, latest, read
 from .table import format_ratio, format_us, model_figures
 
 PASSES = ("forward", "backward", "forward_backward", "latency")
@@ -294,13 +293,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser = command_on_files("report", __doc__)
     parser.add_argument("--title", default="Multi-scale deformable attention: benchmarks")
     options = parser.parse_args(arguments)
     try:

@@ -16,7 +16,6 @@ measures the same in the same way, so that the two ``deformable_detr.jsonl`` can
 The suite (``python -m benchmarks``) is the better measurement: device time, a cold L2, float64.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from . import environment
 from .implementations import BASELINE, IMPLEMENTATIONS, KERNEL, seed_eager
 from .peers import COMMUNITY
-from .records import read, show
+from .records import command, failed, read, show
 from .table import format_ms
 from .workloads import WORKLOADS, select
 
@@ -156,15 +155,7 @@ def run(names: list[str], dtype: str, device: torch.device) -> Iterator[dict]:
                 try:
                     result = measure(_load(name, workload), inputs, expected)
                 except Exception as error:
-                    result = {
-                        "lat_ms": None,
-                        "compile_ms": None,
-                        "peak_bytes": None,
-                        "ok": False,
-                        "absmax": None,
-                        "corr": {},
-                        "err": {"type": type(error).__name__, "msg": str(error)},
-                    }
+                    result = failed(error)
                 yield {
                     "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     "run": run_id,
@@ -218,8 +209,7 @@ def gpu_info() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the protocol; the exit status is 1 if this project's kernel failed or was wrong."""
-    parser = argparse.ArgumentParser("python -m benchmarks seed", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command("seed", __doc__)
     default = [name for name in NAMES if name != "hf_kernels_deformable_detr"]
     parser.add_argument(
         "--impls",

@@ -28,7 +28,7 @@ from .benchmark import Inputs, Workload
 from .checks import Expected, Verdict
 from .implementations import IMPLEMENTATIONS
 from .operators import Operator
-from .records import Results
+from .records import Results, failed
 from .timing import Effort, summarize, time_device, time_latency, timed_call
 from .workloads import WORKLOADS, make_inputs
 
@@ -44,6 +44,7 @@ DTYPES = {
 # forward_backward: both under autograd, as in training. latency: of a forward call, launch and wait
 # included.
 PASSES = ("forward", "backward", "forward_backward", "latency")
+NO_LIMITS = {"floor_ms": None, "ceiling_ms": None}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Case:
     def bounds(self, pass_name: str) -> dict[str, float | None]:
         """The floor and the ceiling of a pass; None where they are not known."""
         if self.limits is None or pass_name == "latency":
-            return {"floor_ms": None, "ceiling_ms": None}
+            return NO_LIMITS
         forwards = {"forward": 1, "backward": 2, "forward_backward": 3}[pass_name]
         return {
             "floor_ms": self.limits.floor_ms(self.inputs, pass_name),
@@ -189,7 +190,9 @@ def run(plan: Plan, results: Results) -> Iterator[dict]:
         except Exception as error:  # whatever importing a foreign package may raise
             every = {"name": "all", "dtype": "all", "pass": "all"}
             if not results.has(implementation, every, env):
-                yield _record(head, implementation, every, _explain("Unavailable", error))
+                yield _record(
+                    head, implementation, every, {**failed(error, "Unavailable"), **NO_LIMITS}
+                )
     plan = replace(plan, implementations=present)
     with tqdm(total=len(plan), unit="row", dynamic_ncols=True) as progress:
         for workload, dtype in product(plan.workloads, plan.dtypes):
@@ -224,21 +227,6 @@ def _record(head: dict, implementation: str, case: dict, result: dict) -> dict:
     }
 
 
-def _explain(kind: str, error: Exception) -> dict:
-    """The results where there are none, and why."""
-    return {
-        "lat_ms": None,
-        "compile_ms": None,
-        "peak_bytes": None,
-        "ok": False,
-        "absmax": None,
-        "corr": {},
-        "err": {"type": kind, "msg": str(error)},
-        "floor_ms": None,
-        "ceiling_ms": None,
-    }
-
-
 def _measure_or_explain(
     draw: Callable[[], Case], load: Callable[[], Operator], pass_name: str, effort: Effort
 ) -> dict:
@@ -248,7 +236,7 @@ def _measure_or_explain(
     except Exception as error:
         # The traceback's frames would keep the failed call's tensors, out of memory or not.
         traceback.clear_frames(error.__traceback__)
-        return _explain(type(error).__name__, error)
+        return {**failed(error), **NO_LIMITS}
     finally:
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
