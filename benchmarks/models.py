@@ -6,7 +6,9 @@ suite's (see suite.py): ``lat_ms`` is the wall time of a whole forward, or of a 
 allocated on the GPU at its peak; ``corr`` holds the sampling operator's relative errors against
 float64 inside the model, on the model's own inputs, and ``not_finite`` names results with a NaN. A
 record has a time only if the operator ran as often as the model has attentions, through the
-implementation named.
+implementation named. A model whose results are not finite, as half types may have it, is recorded
+as wrong; where its loss refuses them, as failed, with what that said. On a CPU half types are
+measured if --dtypes asks for them: float16 takes minutes a step without instructions for it.
 
 Configurations are transformers' own defaults, weights are random: no network is needed. Batch
 norms are given the statistics of a first image, without which half types overflow; sampling
@@ -395,9 +397,9 @@ def measure(case: Case, implementation: Implementation, device: torch.device, ef
         outputs, first_ms = timed_call(step, device)
         wrong = not_finite(model, outputs)
         del outputs
-        for _ in range(2 if on_gpu else 1):  # CUDA graphs are recorded at the second call
-            step()
         if on_gpu:
+            for _ in range(2):  # CUDA graphs are recorded at the second call
+                step()
             torch.cuda.reset_peak_memory_stats(device)
             timed_call(step, device)
         peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else None

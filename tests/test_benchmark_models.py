@@ -60,13 +60,39 @@ def test_models(run, name, capsys):
     assert again == records
 
 
-def test_half_types_train_under_autocast(run):
-    status, records = run(
-        "--models", "deformable_detr", "--modes", "all", "--dtypes", "bfloat16", "--impls", KERNEL
-    )
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_types_train_under_autocast(run, dtype):
+    status, records = run("--models", "deformable_detr", "--modes", "all", "--dtypes", dtype)
     assert status == 0 and all(record["ok"] for record in records)
-    assert [record["wl"]["dtype"] for record in records] == ["bfloat16", "bfloat16_autocast"]
-    assert records[0]["corr"]["tolerance"]["operator"] == 8e-3
+    assert [(r["impl"], r["wl"]["dtype"]) for r in records] == [
+        (impl, name) for name in (dtype, f"{dtype}_autocast") for impl in ("eager", KERNEL)
+    ]
+    kernel = records[1::2]
+    assert all(record["corr"]["tolerance"]["operator"] == 8e-3 for record in kernel)
+    assert all(1e-5 < record["corr"]["error"]["operator"] < 3e-3 for record in kernel)
+
+
+@pytest.mark.parametrize("implementation", ["eager", KERNEL])
+def test_a_model_that_is_not_finite_is_wrong(run, monkeypatch, capsys, implementation):
+    build = models.build
+
+    def overflow(case, device):
+        model = build(case, device)
+        with torch.no_grad():
+            for parameter in model.bbox_embed.parameters():
+                parameter.fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(models, "build", overflow)
+    options = ("--models", "deformable_detr", "--dtypes", "float16", "--impls", implementation)
+    status, (inference, training) = run(*options, "--modes", "all")
+    assert status == (implementation == KERNEL)
+    assert not inference["ok"] and inference["err"] is None and inference["lat_ms"]["p50"] > 0
+    assert inference["corr"]["not_finite"][0] == "pred_boxes"
+    # What the loss says of boxes that are no numbers.
+    assert not training["ok"] and training["lat_ms"] is None and training["err"]["msg"]
+    shown = capsys.readouterr().out
+    assert "WRONG: pred_boxes" in shown and "failed: " in shown
 
 
 def test_a_model_that_is_not_kernelized_has_no_time(run, monkeypatch):
