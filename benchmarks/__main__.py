@@ -27,6 +27,7 @@ DEFAULT_WORKLOADS = [
 ]
 QUICK_WORKLOADS = ["seed_*", "rtdetr_decoder_b16"]
 DEFAULT_IMPLEMENTATIONS = [BASELINE, "grid_sample", *OURS]
+SETS = 3
 # Compiling takes up to half a minute a workload: not for a first look.
 CPU_IMPLEMENTATIONS = [BASELINE, "grid_sample", "grid_sample_compiled", *OURS]
 
@@ -66,13 +67,25 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Results]:
     names("--dtypes", DTYPES, "float32; on a GPU float16 and bfloat16, too")
     names("--passes", PASSES, "forward and backward; on a GPU latency, too")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
-    parser.add_argument("--reps", type=int, help="calls per row; default: what fits in a second")
+    parser.add_argument("--reps", type=int, help="calls per row; default: what fits in --budget")
+    parser.add_argument(
+        "--budget", type=float, metavar="MS", help="time of a row's calls; default: 1000"
+    )
+    parser.add_argument(
+        "--sets",
+        type=int,
+        default=SETS,
+        metavar="N",
+        help="of inputs, taken in turn by the calls that are timed; default: %(default)s",
+    )
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--resume", action="store_true", help="skip what --out has measured")
     parser.add_argument("--quick", action="store_true", help="a first look: small, fewer calls")
     options = parser.parse_args(arguments)
-    if options.reps is not None and options.reps < 1:
-        parser.error(f"--reps is {options.reps}, expected at least 1")
+    for name in ("reps", "sets"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            parser.error(f"--{name} is {number}, expected at least 1")
 
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -94,9 +107,9 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Results]:
         implementations = [*implementations, *PEERS]
     effort = Effort(
         reps=options.reps,
-        budget_ms=200 if options.quick else 1000,
+        budget_ms=options.budget or (200 if options.quick else 1000),
         min_reps=10 if on_gpu else 3,
-        max_reps=200 if on_gpu else 50,
+        max_reps=100 if on_gpu else 50,
     )
     try:
         plan = Plan(
@@ -106,6 +119,7 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Results]:
             select(options.passes or default_passes, PASSES),
             device,
             effort,
+            options.sets,
         )
         results = Results.open(options.out, "", device, options.resume)
     except ValueError as error:

@@ -25,7 +25,7 @@ LOCATION_TOLERANCES = {**TOLERANCES, torch.float32: 1e-2, torch.float16: 2e-2, t
 
 # What a check samples at most on a CPU (in interpolated channels); a GPU checks every query.
 CPU_LIMIT = 2**22
-CHUNK = 2**24  # what is computed at a time
+CHUNK = 2**25  # what is computed at a time
 
 
 def load_reference():
@@ -50,6 +50,16 @@ class Verdict:
     def ok(self) -> bool:
         # Written so that a NaN is not ok.
         return all(self.errors[name] <= self.tolerances[name] for name in self.errors)
+
+    def worse(self, other: "Verdict") -> "Verdict":
+        """Of two answers of the same kind the larger errors; a NaN is larger than any number."""
+
+        def larger(a: float, b: float) -> float:
+            return a if a > b or a != a else b
+
+        errors = {name: larger(error, other.errors[name]) for name, error in self.errors.items()}
+        absmax = larger(self.absmax, other.absmax)
+        return Verdict(errors, self.tolerances, absmax, self.queries)
 
     def __and__(self, other: "Verdict") -> "Verdict":
         """Of both answers, to the same queries."""
@@ -77,16 +87,21 @@ class Expected:
     Where that would take too long, some queries stand for all, evenly spread over the batch item.
     A check of gradients then calls the backward with a grad_output that is zero for every other
     query, so that grad_value, too, is known.
+
+    Args:
+        grad_output: what is timed; drawn, if None.
     """
 
-    def __init__(self, workload: Workload, inputs: Inputs):
+    def __init__(self, workload: Workload, inputs: Inputs, grad_output: torch.Tensor | None = None):
         device, dtype = inputs.value.device, inputs.value.dtype
         count = workload.queries
         if device.type == "cpu":
             count = min(count, max(1, CPU_LIMIT // workload.samples_per_query))
         spread = torch.linspace(0, workload.queries - 1, count, dtype=torch.float64)
         self.queries = spread.round().long().unique().to(device)
-        self.grad_output = make_grad_output(workload, dtype, device)  # what is timed
+        if grad_output is None:
+            grad_output = make_grad_output(workload, dtype, device)
+        self.grad_output = grad_output
         if count == workload.queries:
             self.checked_grad_output = self.grad_output
         else:
@@ -94,24 +109,27 @@ class Expected:
             self.checked_grad_output[:, self.queries] = self.grad_output[:, self.queries]
 
         self._reference = for_points_of(workload, load_reference())
-        value, shapes, starts, locations, weights = inputs.at(self.queries)
-        self._inputs64 = Inputs(
-            value.double(), shapes, starts, locations.double(), weights.double()
-        )
+        self._inputs = inputs if count == workload.queries else inputs.at(self.queries)
         self._queries_per_chunk = max(1, CHUNK // workload.samples_per_query)
+
+    def _inputs64(self) -> Inputs:
+        """Not kept: with several sets of inputs there would be no room for all."""
+        value, shapes, starts, locations, weights = self._inputs
+        return Inputs(value.double(), shapes, starts, locations.double(), weights.double())
 
     @cached_property
     def output(self) -> torch.Tensor:
         step = self._queries_per_chunk
         starts = range(0, len(self.queries), step)
-        chunks = [self._inputs64.at(slice(start, start + step)) for start in starts]
+        inputs = self._inputs64()
+        chunks = [inputs.at(slice(start, start + step)) for start in starts]
         return torch.cat([self._reference(*chunk) for chunk in chunks], dim=1)
 
     @cached_property
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_output = self.grad_output[:, self.queries].double()
         return gradients_in_chunks(
-            self._reference, self._inputs64, grad_output, self._queries_per_chunk
+            self._reference, self._inputs64(), grad_output, self._queries_per_chunk
         )
 
     def check_output(self, output: torch.Tensor) -> Verdict:
@@ -139,7 +157,8 @@ class Expected:
 
     def _of_logits(self, grad_weights: torch.Tensor) -> torch.Tensor:
         """The gradient of the softmax's input, given that of its result."""
-        weights, grad = self._inputs64.attention_weights.flatten(3), grad_weights.flatten(3)
+        weights = self._inputs.attention_weights.double().flatten(3)
+        grad = grad_weights.flatten(3)
         mean = (weights * grad).sum(-1, keepdim=True)
         return (weights * (grad - mean)).view_as(grad_weights)
 

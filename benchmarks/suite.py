@@ -5,6 +5,10 @@ side by side. ``wl`` adds ``dtype`` and ``pass``; ``corr`` holds relative errors
 ``lat_ms`` is kept for a wrong answer too, but ``ok`` is false. On a GPU ``floor_ms`` and
 ``ceiling_ms`` are what probe.py measures with the same inputs in the same run: the ceiling is that
 of this kernel's access pattern. Elsewhere, and for latency, they are null.
+
+The calls that are timed take several sets of inputs in turn (``lat_ms`` says how many: ``sets``),
+drawn from the same distribution with other seeds. Each set's result is checked before, and
+``corr`` has the largest errors of all.
 """
 
 import gc
@@ -14,7 +18,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, reduce
 from itertools import product
 from typing import NamedTuple
 
@@ -29,8 +33,8 @@ from .checks import Expected, Verdict
 from .implementations import IMPLEMENTATIONS
 from .operators import Operator
 from .records import Results, failed
-from .timing import Effort, summarize, time_device, time_latency, timed_call
-from .workloads import WORKLOADS, make_inputs
+from .timing import Effort, in_turn, summarize, time_device, time_latency, timed_call
+from .workloads import WORKLOADS, Draw, draw_sets
 
 # Of values, and of locations and weights: under autocast only value is half.
 DTYPES = {
@@ -45,6 +49,10 @@ DTYPES = {
 # included.
 PASSES = ("forward", "backward", "forward_backward", "latency")
 NO_LIMITS = {"floor_ms": None, "ceiling_ms": None}
+# A CPU's call that reads more inputs than this leaves nothing of them in its caches for the next:
+# there, one set does.
+CPU_CACHE_BYTES = 2**25
+KEPT_SHARE = 1 / 3  # of a GPU's memory, that the graphs of all sets may take
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Plan:
     passes: list[str]
     device: torch.device
     effort: Effort
+    sets: int = 1  # of inputs, at most
 
     def __len__(self) -> int:
         names = (self.workloads, self.dtypes, self.implementations, self.passes)
@@ -85,43 +94,36 @@ class Limits:
     def floor_ms(self, inputs: Inputs, pass_name: str) -> float:
         return probe.traffic_bytes(inputs, pass_name) / self.bytes_per_ms
 
-    def gather_ms(self, inputs: Inputs, workload: Workload) -> float | None:
+    def gather_ms(self, sets: list[Inputs], workload: Workload) -> float | None:
         if self.no_ceiling:
             return None
         try:
-            return probe.gather_ms(inputs, workload, self.effort)
+            return probe.gather_ms(sets, workload, self.effort)
         except RuntimeError as error:  # the kernel's own figures are worth having without it
             tqdm.write(f"no ceiling: {error}", file=sys.stderr)
             return None
 
 
-class Case:
-    """One workload in one dtype: its inputs and what should come out."""
+class InputSet:
+    """One set of inputs in its dtype, and what should come out."""
 
-    def __init__(
-        self, workload: str, dtype: str, device: torch.device, limits: Limits | None = None
-    ):
-        self.sizes = WORKLOADS[workload]
-        value_dtype, other_dtype = DTYPES[dtype]
-        self.device = device
-        self.limits = limits
-        self.inputs = make_inputs(
-            workload,
-            value_dtype,
-            device,
-            locations_dtype=other_dtype,
-            weights_dtype=other_dtype,
-        )
-        self.inputs_bytes = sum(tensor.nbytes for tensor in self.inputs)
-        self.expected = Expected(self.sizes, self.inputs)
-        self._expected_of_meaning = cache(
-            lambda meaning: Expected(self.sizes, meaning(self.inputs))
-        )
+    def __init__(self, workload: Workload, draw: Draw):
+        self.workload = workload
+        self.inputs, self.grad_output = draw
+        self.expected = Expected(workload, *draw)
+        self._expected_of_meaning: dict[Callable, Expected] = {}
+
+    def expected_of(self, operator: Operator) -> Expected:
+        if operator.meaning is None:
+            return self.expected
+        if operator.meaning not in self._expected_of_meaning:
+            inputs = operator.meaning(self.inputs)
+            expected = Expected(self.workload, inputs, self.grad_output)
+            self._expected_of_meaning = {operator.meaning: expected}
+        return self._expected_of_meaning[operator.meaning]
 
     def prepare(self, pass_name: str, operator: Operator) -> "Calls":
-        expected = self.expected
-        if operator.meaning is not None:
-            expected = self._expected_of_meaning(operator.meaning)
+        expected = self.expected_of(operator)
 
         def judge(result):
             return expected.check_gradients(operator.gradients(result), operator.takes_logits)
@@ -147,19 +149,33 @@ class Case:
 
         return Calls(timed=forward, checked=forward, judge=expected.check_output)
 
+
+class Case:
+    """One workload in one dtype: its inputs and what should come out."""
+
+    def __init__(self, workload: str, dtype: str, draws: list[Draw], limits: Limits | None = None):
+        """``draws`` are of the workload, on the device; on a CPU not all of them may be taken."""
+        self.workload = WORKLOADS[workload]
+        self.device = draws[0].grad_output.device
+        self.limits = limits
+        self.sets = [InputSet(self.workload, draws[0].cast(*DTYPES[dtype]))]
+        self.inputs_bytes = sum(tensor.nbytes for tensor in self.sets[0].inputs)
+        if self.device.type != "cpu" or self.inputs_bytes <= CPU_CACHE_BYTES:
+            self.sets += [InputSet(self.workload, d.cast(*DTYPES[dtype])) for d in draws[1:]]
+
     def bounds(self, pass_name: str) -> dict[str, float | None]:
         """The floor and the ceiling of a pass; None where they are not known."""
         if self.limits is None or pass_name == "latency":
             return NO_LIMITS
         forwards = {"forward": 1, "backward": 2, "forward_backward": 3}[pass_name]
         return {
-            "floor_ms": self.limits.floor_ms(self.inputs, pass_name),
+            "floor_ms": self.limits.floor_ms(self.sets[0].inputs, pass_name),
             "ceiling_ms": self._gather_ms and forwards * self._gather_ms,
         }
 
     @cached_property
     def _gather_ms(self) -> float | None:
-        return self.limits.gather_ms(self.inputs, self.sizes)
+        return self.limits.gather_ms([each.inputs for each in self.sets], self.workload)
 
 
 class Calls(NamedTuple):
@@ -195,13 +211,13 @@ def run(plan: Plan, results: Results) -> Iterator[dict]:
                 )
     plan = replace(plan, implementations=present)
     with tqdm(total=len(plan), unit="row", dynamic_ncols=True) as progress:
-        for workload, dtype in product(plan.workloads, plan.dtypes):
-            # Inputs are drawn once, and an implementation is loaded once (it may compile), but
-            # late: what fails there is to be recorded, too.
-            draw = cache(partial(Case, workload, dtype, plan.device, limits))
-            for implementation in plan.implementations:
-                load = cache(partial(IMPLEMENTATIONS[implementation].load, WORKLOADS[workload]))
-                for pass_name in plan.passes:
+        for workload in plan.workloads:
+            # Inputs are drawn once, and an implementation is loaded once for each dtype (it may
+            # compile), but late: what fails there is to be recorded, too.
+            draw = cache(partial(draw_sets, workload, plan.device, plan.sets))
+            for dtype in plan.dtypes:
+                prepare = cache(partial(_prepare, workload, dtype, draw, limits))
+                for implementation, pass_name, load in _loaded(plan, workload):
                     progress.set_description(f"{workload} {dtype} {pass_name}: {implementation}")
                     case = {
                         "name": workload,
@@ -210,9 +226,19 @@ def run(plan: Plan, results: Results) -> Iterator[dict]:
                         "pass": pass_name,
                     }
                     if not results.has(implementation, case, env):
-                        result = _measure_or_explain(draw, load, pass_name, plan.effort)
+                        result = _measure_or_explain(prepare, load, pass_name, plan.effort)
                         yield _record(head, implementation, case, result)
                     progress.update()
+                del prepare
+                _free_memory()
+
+
+def _loaded(plan: Plan, workload: str) -> Iterator[tuple[str, str, Callable[[], Operator]]]:
+    """Each implementation and pass, with what loads the implementation the first time."""
+    for implementation in plan.implementations:
+        load = cache(partial(IMPLEMENTATIONS[implementation].load, WORKLOADS[workload]))
+        for pass_name in plan.passes:
+            yield implementation, pass_name, load
 
 
 def _record(head: dict, implementation: str, case: dict, result: dict) -> dict:
@@ -227,38 +253,57 @@ def _record(head: dict, implementation: str, case: dict, result: dict) -> dict:
     }
 
 
+def _prepare(
+    workload: str, dtype: str, draw: Callable[[], list[Draw]], limits: Limits | None
+) -> Case:
+    return Case(workload, dtype, draw(), limits)
+
+
 def _measure_or_explain(
-    draw: Callable[[], Case], load: Callable[[], Operator], pass_name: str, effort: Effort
+    prepare: Callable[[], Case], load: Callable[[], Operator], pass_name: str, effort: Effort
 ) -> dict:
     """The record's results: figures, or the error that kept them from being measured."""
     try:
-        return _measure(draw(), load(), pass_name, effort)
+        return _measure(prepare(), load(), pass_name, effort)
     except Exception as error:
         # The traceback's frames would keep the failed call's tensors, out of memory or not.
         traceback.clear_frames(error.__traceback__)
-        return {**failed(error), **NO_LIMITS}
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()  # does nothing where CUDA was not used
+        results = {**failed(error), **NO_LIMITS}
+    _free_memory()
+    return results
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used
 
 
 def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> dict:
     on_gpu = case.device.type == "cuda"
+    timed, verdicts = [], []
     with torch.set_grad_enabled("backward" in pass_name):
-        before = torch.cuda.memory_allocated(case.device) if on_gpu else 0
-        calls = case.prepare(pass_name, operator)
-        prepared_bytes = torch.cuda.memory_allocated(case.device) - before if on_gpu else 0
-        result, first_ms = timed_call(calls.checked, case.device)
-        verdict = calls.judge(result)
-        del result
-        if on_gpu:
-            peak_bytes = case.inputs_bytes + prepared_bytes + _peak(calls.timed, case.device)
-            timer = time_latency if pass_name == "latency" else time_device
-        else:
-            peak_bytes, timer = None, time_latency
-        times = timer(calls.timed, case.device, effort)
+        for inputs in case.sets:
+            inputs.expected_of(operator)  # which may take memory of its own
+            before = torch.cuda.memory_allocated(case.device) if on_gpu else 0
+            calls = inputs.prepare(pass_name, operator)
+            kept = torch.cuda.memory_allocated(case.device) - before if on_gpu else 0
+            result, milliseconds = timed_call(calls.checked, case.device)
+            verdicts.append(calls.judge(result))
+            del result
+            timed.append(calls.timed)
+            if len(timed) == 1:
+                first_ms = milliseconds
+                peak_bytes = None
+                if on_gpu:
+                    peak_bytes = case.inputs_bytes + kept + _peak(calls.timed, case.device)
+            if on_gpu and (len(timed) + 1) * kept > KEPT_SHARE * _memory(case.device):
+                break  # the next graph might not fit
+        timer = time_device if on_gpu and pass_name != "latency" else time_latency
+        times = timer(in_turn(timed), case.device, effort)
+    verdict = reduce(Verdict.worse, verdicts)
+    warmup = len(timed) + (1 if on_gpu else 0)
     return {
-        "lat_ms": summarize(times, warmup=2 if on_gpu else 1),
+        "lat_ms": {**summarize(times, warmup), "sets": len(timed)},
         "compile_ms": first_ms,  # as there: the first call, whatever it has to get ready
         "peak_bytes": peak_bytes,  # of inputs, a kept graph, temporaries and results
         "ok": verdict.ok,
@@ -267,6 +312,10 @@ def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> 
         "err": None,
         **case.bounds(pass_name),
     }
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _peak(call: Callable[[], object], device: torch.device) -> int:

@@ -1,8 +1,9 @@
 """How long a call takes: on the GPU alone, or from Python to its result."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,6 +29,16 @@ class Effort:
         if len(times_ms) < self.min_reps:
             return False
         return len(times_ms) >= self.max_reps or sum(times_ms) >= self.budget_ms
+
+
+def in_turn(calls: Sequence[Callable[[], T]]) -> Callable[[], T]:
+    """A function that does another of the calls each time, over and over.
+
+    Calls that are the same but for their inputs keep what a machine remembers of one call, in
+    caches that nothing flushes or in its predictors, from helping the next.
+    """
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 def synchronize(device: torch.device) -> None:
@@ -77,7 +88,11 @@ def time_device(call: Callable[[], object], device: torch.device, effort: Effort
 
 
 def summarize(times_ms: list[float], warmup: int) -> dict:
-    """The ``lat_ms`` field of a record: quantiles as kernels-benchmarks has them, in ms."""
+    """The ``lat_ms`` field of a record: quantiles as kernels-benchmarks has them, in ms.
+
+    The times are kept to the nanosecond.
+    """
+    times_ms = [round(milliseconds, 6) for milliseconds in times_ms]
     if len(times_ms) > 1:
         cuts = statistics.quantiles(times_ms, n=20, method="inclusive")
     else:

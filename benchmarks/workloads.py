@@ -2,7 +2,9 @@
 
 import fnmatch
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -44,6 +46,34 @@ def make_inputs(
     """The named workload's inputs; see ``benchmark.make_inputs`` for what is drawn."""
     workload = WORKLOADS[name]
     return benchmark.make_inputs(workload, dtype, device, seed, locations_dtype, weights_dtype)
+
+
+class Draw(NamedTuple):
+    """A set of inputs in float32, and the gradient of their output."""
+
+    inputs: Inputs
+    grad_output: torch.Tensor
+
+    def cast(self, value_dtype: torch.dtype, other_dtype: torch.dtype) -> "Draw":
+        """As ``make_inputs`` casts: the second dtype is that of locations and weights."""
+        value, shapes, starts, locations, weights = self.inputs
+        inputs = (value.to(value_dtype), shapes, starts)
+        inputs = Inputs(*inputs, locations.to(other_dtype), weights.to(other_dtype))
+        return Draw(inputs, self.grad_output.to(value_dtype))
+
+
+def draw_sets(name: str, device: str | torch.device, count: int) -> list[Draw]:
+    """The named workload's inputs, and ``count`` - 1 sets more, of other seeds."""
+
+    def draw(index: int) -> Draw:
+        seed = 2 * index  # inputs of the first set are drawn with seed 0, its gradient with 1
+        return Draw(
+            make_inputs(name, torch.float32, device, seed),
+            benchmark.make_grad_output(WORKLOADS[name], torch.float32, device, seed + 1),
+        )
+
+    with ThreadPoolExecutor() as threads:  # the generators are what takes long, a thread each
+        return list(threads.map(draw, range(count)))
 
 
 def select(patterns: list[str], names: list[str]) -> list[str]:

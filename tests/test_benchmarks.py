@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import benchmark, checks, implementations, peers, probe, table
+from benchmarks import benchmark, checks, implementations, peers, probe, suite, table
 from benchmarks.__main__ import _parse, main
 from benchmarks.benchmark import Workload
 from benchmarks.implementations import (
@@ -26,7 +26,7 @@ from benchmarks.operators import Implementation, Operator
 from benchmarks.suite import Case, Limits
 from benchmarks.table import build_markdown, build_table, format_ms, format_us
 from benchmarks.timing import Effort
-from benchmarks.workloads import CANONICAL, WORKLOADS, make_inputs, select
+from benchmarks.workloads import CANONICAL, WORKLOADS, draw_sets, make_inputs, select
 from tools import build as builder
 
 CPU = torch.device("cpu")
@@ -34,7 +34,11 @@ REFERENCE = checks.load_reference()
 FIELDS = (
     "ts run impl tags wl env lat_ms compile_ms peak_bytes ok absmax corr err floor_ms ceiling_ms"
 ).split()
-LATENCY_FIELDS = "p10 p50 p90 mean iqr raw_times has_warnings reps warmup".split()
+LATENCY_FIELDS = "p10 p50 p90 mean iqr raw_times has_warnings reps warmup sets".split()
+
+
+def make_case(workload, dtype, limits=None, sets=1):
+    return Case(workload, dtype, draw_sets(workload, CPU, sets), limits)
 
 
 @pytest.fixture(autouse=True)
@@ -94,10 +98,10 @@ def test_records_are_appended(run):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16_autocast"])
 @pytest.mark.parametrize("implementation", [BASELINE, "grid_sample", KERNEL, FUSED])
 def test_implementations_agree_with_float64(implementation, dtype, tiny):
-    case = Case("tiny", dtype, CPU)
+    (inputs,) = make_case("tiny", dtype).sets
     operator = IMPLEMENTATIONS[implementation].load(tiny)
     for pass_name in ("forward", "backward", "forward_backward"):
-        calls = case.prepare(pass_name, operator)
+        calls = inputs.prepare(pass_name, operator)
         assert calls.judge(calls.checked()).ok
 
 
@@ -106,9 +110,9 @@ def test_implementations_agree_with_float64(implementation, dtype, tiny):
 def test_fused_gradients_are_all_judged(monkeypatch, dtype, points):
     workload = Workload(2, 7, 2, 4, points, ((6, 5), (3, 2)), "decoder")
     monkeypatch.setitem(WORKLOADS, "fused", workload)
-    case = Case("fused", dtype, CPU)
+    (inputs,) = make_case("fused", dtype).sets
     operator = IMPLEMENTATIONS[FUSED].load(workload)
-    calls = case.prepare("forward_backward", operator)
+    calls = inputs.prepare("forward_backward", operator)
     output, gradients = calls.checked()
     verdict = calls.judge((output, gradients))
     assert verdict.ok and list(verdict.errors) == [
@@ -122,6 +126,71 @@ def test_fused_gradients_are_all_judged(monkeypatch, dtype, points):
         wrong = list(gradients)
         wrong[index] = 1.1 * wrong[index]
         assert not calls.judge((output, tuple(wrong))).ok
+
+
+class TestSets:
+    """Calls that are timed take several sets of inputs in turn, and each is checked."""
+
+    def test_are_drawn_alike_with_other_numbers(self, tiny):
+        first, second, third = (draw.inputs for draw in draw_sets("tiny", CPU, 3))
+        for tensor, alone in zip(first, make_inputs("tiny", torch.float32, "cpu")):
+            assert torch.equal(tensor, alone)
+        alone = benchmark.make_grad_output(tiny, torch.float32, "cpu")
+        assert torch.equal(draw_sets("tiny", CPU, 1)[0].grad_output, alone)
+        for field in ("value", "sampling_locations", "attention_weights"):
+            tensors = [getattr(inputs, field) for inputs in (first, second, third)]
+            assert len({tensor.data_ptr() for tensor in tensors}) == 3
+            assert not torch.equal(*tensors[:2]) and not torch.equal(*tensors[1:])
+
+    def test_are_cast_as_when_drawn(self):
+        (draw,) = draw_sets("tiny", CPU, 1)
+        cast = draw.cast(torch.bfloat16, torch.float32)
+        drawn = make_inputs("tiny", torch.bfloat16, "cpu", 0, torch.float32, torch.float32)
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(cast.inputs, drawn))
+        assert cast.grad_output.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("pass_name", ["forward", "backward", "forward_backward"])
+    def test_are_timed_in_turn(self, run, monkeypatch, pass_name):
+        seen = []
+
+        def forward(value, *others):
+            seen.append(value.data_ptr())
+            return seed_eager(value, *others)
+
+        def backward(*arguments):
+            seen.append(arguments[0].data_ptr())
+            return get_project_kernel().ms_deform_attn_backward(*arguments)
+
+        operator = Operator(forward, backward, differentiable=False)
+        monkeypatch.setitem(IMPLEMENTATIONS, "seen", Implementation({}, lambda _: operator))
+        _, (record,) = run("--impls", "seen", "--passes", pass_name, "--reps", "5", "--sets", "2")
+        assert record["ok"] and record["lat_ms"]["sets"] == record["lat_ms"]["warmup"] == 2
+        calls = seen[::2] if pass_name == "forward_backward" else seen
+        assert len(set(calls)) == 2  # both are checked, then timed
+        assert calls == [*calls[:2], calls[0], calls[1], calls[0], calls[1], calls[0]]
+
+    @pytest.mark.parametrize("wrong_call", [0, 1])
+    @pytest.mark.parametrize("factor", [2, float("nan")])
+    def test_one_wrong_answer_is_enough(self, run, monkeypatch, wrong_call, factor):
+        calls = iter(range(100))
+
+        def forward(*arguments):
+            return (factor if next(calls) == wrong_call else 1) * seed_eager(*arguments)
+
+        operator = Operator(forward)
+        monkeypatch.setitem(IMPLEMENTATIONS, "wrong", Implementation({}, lambda _: operator))
+        _, (record,) = run("--impls", "wrong", "--passes", "forward", "--sets", "2")
+        assert not record["ok"] and not record["corr"]["error"]["output"] < 1
+
+    def test_one_does_where_a_call_fills_the_caches_of_a_cpu(self, monkeypatch):
+        assert len(make_case("tiny", "float32", sets=3).sets) == 3
+        monkeypatch.setattr(suite, "CPU_CACHE_BYTES", 100)
+        assert len(make_case("tiny", "float32", sets=3).sets) == 1
+
+    def test_number_is_checked(self, run, capsys):
+        with pytest.raises(SystemExit):
+            run("--sets", "0")
+        assert "--sets is 0, expected at least 1" in capsys.readouterr().err
 
 
 class TestResume:
@@ -205,10 +274,10 @@ class TestUnequalPoints:
     @pytest.mark.parametrize("function", [seed_eager, grid_sample])
     @pytest.mark.parametrize("pass_name", ["forward", "backward"])
     def test_baselines(self, unequal, function, pass_name):
-        case = Case("unequal", "float64", CPU)
+        (inputs,) = make_case("unequal", "float64").sets
         shapes = {"shapes": unequal.shapes} if function is grid_sample else {}
         operator = Operator(partial(function, points_per_level=[3, 1], **shapes))
-        calls = case.prepare(pass_name, operator)
+        calls = inputs.prepare(pass_name, operator)
         assert calls.judge(calls.checked()).ok
 
     def test_kernel_is_told_the_points(self, run, monkeypatch):
@@ -246,17 +315,17 @@ def reference_by_level(
 
 def test_large_workloads_are_checked_at_some_queries(monkeypatch, tiny):
     monkeypatch.setattr(checks, "CPU_LIMIT", 3 * tiny.samples_per_query)
-    case = Case("tiny", "float32", CPU)
-    assert case.expected.queries.tolist() == [0, 3, 6]
+    (inputs,) = make_case("tiny", "float32").sets
+    assert inputs.expected.queries.tolist() == [0, 3, 6]
     for pass_name in ("forward", "backward"):
-        calls = case.prepare(pass_name, Operator(seed_eager))
+        calls = inputs.prepare(pass_name, Operator(seed_eager))
         assert calls.judge(calls.checked()).ok
 
 
 def test_chunks_add_up(monkeypatch, tiny):
-    whole = Case("tiny", "float64", CPU).expected
+    whole = make_case("tiny", "float64").sets[0].expected
     monkeypatch.setattr(checks, "CHUNK", 2 * tiny.samples_per_query)
-    chunked = Case("tiny", "float64", CPU).expected
+    chunked = make_case("tiny", "float64").sets[0].expected
     torch.testing.assert_close(chunked.output, whole.output)
     torch.testing.assert_close(chunked.gradients, whole.gradients)
 
@@ -474,11 +543,11 @@ class TestLimits:
         """On a machine that copies 1000 bytes a millisecond and gathers in 7."""
         monkeypatch.setattr(probe, "copy_rate", lambda device: 1000)
         monkeypatch.setattr(probe, "load", lambda device: None)
-        monkeypatch.setattr(probe, "gather_ms", lambda inputs, workload, effort: 7)
+        monkeypatch.setattr(probe, "gather_ms", lambda sets, workload, effort: 7)
         return lambda: Limits(CPU, Effort(reps=1))
 
     def test_of_a_case(self, limits):
-        case = Case("tiny", "float32", CPU, limits())
+        case = make_case("tiny", "float32", limits())
         assert case.bounds("forward") == {"floor_ms": 4.816, "ceiling_ms": 7}
         assert case.bounds("backward") == {"floor_ms": 9.136, "ceiling_ms": 14}
         assert case.bounds("latency") == {"floor_ms": None, "ceiling_ms": None}
@@ -489,7 +558,7 @@ class TestLimits:
 
         monkeypatch.setattr(probe, "load", load)
         assert limits().describe() == {"copy_gb_per_s": 0.001, "gather_probe": "nvcc is missing"}
-        bounds = Case("tiny", "float32", CPU, limits()).bounds("forward")
+        bounds = make_case("tiny", "float32", limits()).bounds("forward")
         assert bounds == {"floor_ms": 4.816, "ceiling_ms": None}
 
     def test_sizes_the_probe_does_not_cover_have_no_ceiling(self, limits, monkeypatch, capsys):
@@ -497,7 +566,7 @@ class TestLimits:
             raise RuntimeError("too wide")
 
         monkeypatch.setattr(probe, "gather_ms", gather_ms)
-        assert Case("tiny", "float32", CPU, limits()).bounds("forward")["ceiling_ms"] is None
+        assert make_case("tiny", "float32", limits()).bounds("forward")["ceiling_ms"] is None
         assert capsys.readouterr().err == "no ceiling: too wide\n"
 
     def test_arguments_of_the_probe(self, monkeypatch):
@@ -538,7 +607,7 @@ class TestLimits:
         monkeypatch.setattr(probe, "gather", gather)
         monkeypatch.setattr(probe, "time_device", time_device)
         inputs = make_inputs("encoder", torch.float32, "cpu")
-        assert probe.gather_ms(inputs, WORKLOADS["encoder"], Effort(reps=3)) == 3
+        assert probe.gather_ms([inputs], WORKLOADS["encoder"], Effort(reps=3)) == 3
         assert arrangements[::2] == [(1, False), (1, True), (4, False), (4, True)]
 
     def test_strips_have_every_pixel_once(self):
