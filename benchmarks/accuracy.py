@@ -80,7 +80,7 @@ def _lines(all_records: list[dict], peers: dict) -> Iterator[str]:
     yield "# Accuracy\n"
     yield (
         "Errors against float64: the norm of the difference over the norm of the float64 result, "
-        "computed from\nthe stored, rounded inputs (`benchmarks/workloads.json`, seed 0). The "
+        "computed from\nthe stored, rounded inputs (`benchmarks/benchmark.py`, seed 0). The "
         "least that a dtype allows is its rounding:\nabout 3e-8 (float32), 2e-4 (float16), 1.7e-3 "
         "(bfloat16). Written by `python -m benchmarks.accuracy write` from\n"
         "`benchmarks/results/accuracy-*.jsonl`; `tests/test_accuracy.py` measures some of them "

@@ -1,8 +1,9 @@
 """Workloads for ``kernels benchmark .``: this kernel against its eager reference.
 
-The Hub receives this file alone, so it carries its workloads (benchmarks/workloads.json tells
-where each comes from; a test keeps the two equal) and draws their inputs itself. The runner times
-the reference once and whole Python calls only: figures to quote come from ``python -m benchmarks``.
+Of benchmarks/ the Hub receives benchmark*.py alone (kernel-builder uploads no other file, and the
+runner takes each for a benchmark), so what a benchmark needs is written here, once: the workloads
+and how their inputs are drawn. The suite takes them from here. The runner times the reference once
+and whole Python calls only: figures to quote come from ``python -m benchmarks``.
 """
 
 import math
@@ -43,23 +44,36 @@ _1024x1024 = ((32, 32), (64, 64), (128, 128))
 _896x896 = ((112, 112), (56, 56), (28, 28))
 
 WORKLOADS = {
+    # kernels-benchmarks deformable_detr
     "seed_b1_q100": Workload(1, 100, 8, 32, 4, _32, "uniform"),
     "seed_b1_q300": Workload(1, 300, 8, 32, 4, _32, "uniform"),
     "seed_b2_q100": Workload(2, 100, 8, 32, 4, _32, "uniform"),
     "seed_b2_q300": Workload(2, 300, 8, 32, 4, _32, "uniform"),
+    # kernels-community/deformable-detr benchmark
     "hub_b2_q300": Workload(2, 300, 8, 32, 4, _64, "uniform"),
     "hub_b8_q900": Workload(8, 900, 8, 32, 4, _64, "uniform"),
+    # Deformable-DETR, DINO-4, Grounding DINO encoder at 800x1333
     "ddetr_encoder_b1": Workload(1, 22223, 8, 32, 4, _800x1333, "encoder"),
     "ddetr_encoder_b4": Workload(4, 22223, 8, 32, 4, _800x1333, "encoder"),
+    # Deformable-DETR decoder
     "ddetr_decoder_b4": Workload(4, 300, 8, 32, 4, _800x1333, "decoder"),
+    # Grounding DINO / DINO decoder
     "gdino_decoder_b4": Workload(4, 900, 8, 32, 4, _800x1333, "decoder"),
+    # DINO 5-scale Swin-L encoder at 800x1333
     "dino5_encoder_b1": Workload(1, 89023, 8, 32, 4, ((200, 334), *_800x1333), "encoder"),
+    # RT-DETR decoder at 640x640
     "rtdetr_decoder_b16": Workload(16, 300, 8, 32, 4, _640x640, "decoder"),
+    # D-FINE / DEIM decoder at 640x640
     "dfine_decoder_b16": Workload(16, 300, 8, 32, (3, 6, 3), _640x640, "decoder"),
+    # RF-DETR training decoder
     "rfdetr_decoder_b8": Workload(8, 1300, 16, 16, 2, ((48, 48),), "decoder"),
+    # Mask2Former / OneFormer pixel decoder at 1024x1024
     "mask2former_b2": Workload(2, 21504, 8, 32, 4, _1024x1024, "encoder"),
+    # BEVFormer-base spatial cross-attention, 6 cameras
     "bevformer_sca": Workload(6, 9680, 8, 32, 8, _928x1600, "decoder"),
+    # BEVFormer-base temporal self-attention
     "bevformer_tsa": Workload(2, 40000, 8, 32, 4, ((200, 200),), "encoder"),
+    # ViT-Adapter-L injector at 896x896
     "vit_adapter_b2": Workload(2, 3136, 16, 32, 4, _896x896, "decoder"),
 }
 

@@ -1,27 +1,15 @@
-"""The suite's workloads, read from workloads.json, and their inputs by name."""
+"""The suite's workloads, those of benchmark.py and some more, and their inputs by name."""
 
 import fnmatch
-import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from . import benchmark
-from .benchmark import Inputs, Workload
+from .benchmark import Inputs
 
-_ROWS = json.loads((Path(__file__).parent / "workloads.json").read_text())["workloads"]
-
-
-def _tuples(value):
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-CANONICAL = {
-    name: Workload(**{field: _tuples(row[field]) for field in Workload._fields})
-    for name, row in _ROWS.items()
-}
+CANONICAL = benchmark.WORKLOADS
 
 # A decoder at 800x1333, over queries with batch 4, and over batch with 900 queries.
 _DECODER = CANONICAL["ddetr_decoder_b4"]
