@@ -18,19 +18,21 @@ from .implementations import KERNEL, ROOT
 from .records import RESULTS, case_of, command, latest, read
 from .report import ABOUT, build_markdown, markdown_table, picture, sheets
 from .table import format_us, model_figures
+from .workloads import WORKLOADS
 
 README = ROOT / "README.md"
 REPORT = ROOT / "docs" / "benchmarks.md"
 PICTURES = ROOT / "docs" / "figures"
-# The results that are quoted: of the operator, over its sizes, of whole models, and
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+# The results that are quoted: of the operator, by dtype, over its sizes, of whole models, and
 # kernels-benchmarks' protocol.
-SUITE = RESULTS / "h200-2026-11-25.jsonl"
-SCALING = RESULTS / "h200-2026-11-25-scaling.jsonl"
-MODELS = RESULTS / "h200-2026-11-25-models.jsonl"
-SEED = RESULTS / "h200-2026-11-25-deformable_detr.jsonl"
-ALL = [SUITE, SCALING, MODELS, SEED]
+RUN = "h200-2026-11-25"
+SUITE = [RESULTS / f"{RUN}-{dtype}.jsonl" for dtype in DTYPES]
+SCALING = RESULTS / f"{RUN}-scaling.jsonl"
+MODELS = RESULTS / f"{RUN}-models.jsonl"
+SEED = RESULTS / f"{RUN}-deformable_detr.jsonl"
 
-WORKLOADS = (
+QUOTED_WORKLOADS = (
     "seed_b2_q300",
     "hub_b8_q900",
     "ddetr_encoder_b4",
@@ -39,16 +41,26 @@ WORKLOADS = (
     "rtdetr_decoder_b16",
 )
 # Models with their batch; of RT-DETR the half type in which it was compiled.
-QUOTED = {
+QUOTED_MODELS = {
     "deformable_detr_b8": ("float32", "float16", "bfloat16"),
     "deformable_detr_b4": ("float32", "bfloat16_autocast"),
     "mask2former_b1": ("float32", "float16", "bfloat16"),
     "mask2former_b2": ("float32", "bfloat16_autocast"),
     "rt_detr_b1": ("float16",),
 }
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 RIVAL = "grid_sample"
 PICTURED = ("speedup", "roofline", "models")
+
+
+def suite() -> list[dict]:
+    """The operator's records, a workload's dtypes side by side."""
+    names = list(WORKLOADS)
+    return sorted(latest(read(SUITE)), key=lambda record: names.index(record["wl"]["name"]))
+
+
+def every_record() -> list[dict]:
+    """What docs/benchmarks.md is of."""
+    return [*suite(), *read([SCALING, MODELS, SEED])]
 
 
 def machine(records: list[dict]) -> str:
@@ -69,7 +81,7 @@ def machine(records: list[dict]) -> str:
 
 def operator() -> list[str]:
     """This kernel's device times, with the spread of their ratios to the ceiling."""
-    records = latest(read([SUITE]))
+    records = suite()
     times = {(record["impl"], *case_of(record)): record for record in records}
     passes = ("forward", "backward")
     rival = any(implementation == RIVAL for implementation, *_ in times)
@@ -78,7 +90,7 @@ def operator() -> list[str]:
         head += [f"{name}: fp32", "fp16", "bf16", "of ceiling"]
         head += [f"{RIVAL} fp32"] if rival else []
     rows = []
-    for workload in WORKLOADS:
+    for workload in QUOTED_WORKLOADS:
         row = [workload]
         for name in passes:
             ours = [times.get((KERNEL, workload, dtype, name)) for dtype in DTYPES]
@@ -92,7 +104,7 @@ def operator() -> list[str]:
         f"{machine(records)}; median device time in µs, L2 flushed before each call, backward with "
         "its allocation, clearing and conversion; each result checked against float64. Ceiling: "
         "the time over that of the forward's loads alone, backward over twice that. Every "
-        f"workload: `{SUITE.relative_to(ROOT)}`."
+        f"workload: `{RESULTS.relative_to(ROOT)}/{RUN}-{{{','.join(DTYPES)}}}.jsonl`."
     )
     return [*_filled(about), "", *markdown_table(head, rows)]
 
@@ -105,7 +117,7 @@ def models() -> list[str]:
     for record in records:
         if record["impl"] == "eager" or record["err"]:
             continue
-        if record["wl"]["dtype"] not in QUOTED.get(record["wl"]["name"], ()):
+        if record["wl"]["dtype"] not in QUOTED_MODELS.get(record["wl"]["name"], ()):
             continue
         baseline = baselines.get(case_of(record))
         time, _, rate, ratio, peak, _ = model_figures(record, baseline)
@@ -138,7 +150,7 @@ def pictures() -> list[str]:
 def report() -> str:
     """docs/benchmarks.md."""
     drawn = {name: _files(name) for name in figures.CHARTS if _files(name)["light"].exists()}
-    tables = sheets(read(ALL))
+    tables = sheets(every_record())
     return build_markdown("Benchmarks", tables, drawn, f"{PICTURES.name}/")
 
 
@@ -194,8 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", action="store_true", help=f"draw {PICTURES.name}/ anew, too")
     options = parser.parse_args(arguments)
     if options.pictures:
-        for files in ([SUITE, SCALING], [MODELS]):
-            figures.draw(read(files), PICTURES, ("svg",))
+        for records in ([*suite(), *read([SCALING])], read([MODELS])):
+            figures.draw(records, PICTURES, ("svg",))
     stale = []
     for file, after in ((README, write(README.read_text("utf-8"))), (REPORT, report())):
         before = file.read_text("utf-8") if file.exists() else ""
