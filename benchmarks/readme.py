@@ -7,6 +7,7 @@ would write; the tests ask that of every commit.
 """
 
 import difflib
+import json
 import re
 import sys
 import textwrap
@@ -14,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import environment, figures
-from .implementations import KERNEL, ROOT
+from .implementations import FUSED, KERNEL, ROOT
 from .records import RESULTS, case_of, command, latest, read
 from .report import ABOUT, build_markdown, markdown_table, picture, sheets
-from .table import format_us, model_figures
+from .table import format_ms, format_us, model_figures
 from .workloads import WORKLOADS
 
 README = ROOT / "README.md"
@@ -31,6 +32,11 @@ SUITE = [RESULTS / f"{RUN}-{dtype}.jsonl" for dtype in DTYPES]
 SCALING = RESULTS / f"{RUN}-scaling.jsonl"
 MODELS = RESULTS / f"{RUN}-models.jsonl"
 SEED = RESULTS / f"{RUN}-deformable_detr.jsonl"
+STEPS = (
+    RESULTS / f"{RUN}-fused.json"
+)  # the fused operator beside the steps that it takes the place of
+CPU = RESULTS / "epyc-2-cores-2026-11-25.jsonl"
+CPU_MODELS = RESULTS / "epyc-2-cores-2026-11-25-models.jsonl"
 
 QUOTED_WORKLOADS = (
     "seed_b2_q300",
@@ -72,6 +78,8 @@ def machine(records: list[dict]) -> str:
     details += [f"SM clock {smi['clocks.sm']}"] if "clocks.sm" in smi else []
     details += [f"copies at {env['copy_gb_per_s']:.0f} GB/s"] if "copy_gb_per_s" in env else []
     about[0] += f" ({', '.join(details)})" if details else ""
+    if env["device"] == "cpu":
+        about.append(f"{env['threads']} threads")
     about.append(f"torch {env['torch']}")
     about += [f"{name} {env[name]}" for name in ("transformers", "kernels") if name in env]
     dates = sorted({record["ts"][:10] for record in records})
@@ -106,39 +114,91 @@ def operator() -> list[str]:
         "the time over that of the forward's loads alone, backward over twice that. Every "
         f"workload: `{RESULTS.relative_to(ROOT)}/{RUN}-{{{','.join(DTYPES)}}}.jsonl`."
     )
-    return [*_filled(about), "", *markdown_table(head, rows)]
+    return [*_filled(about), "", *markdown_table(head, rows), "", *_filled(_fused(times))]
+
+
+def _fused(times: dict[tuple, dict]) -> str:
+    workload, dtype = "ddetr_encoder_b4", "float16"
+    steps = json.loads(STEPS.read_text())[f"{workload} torch.{dtype}"]
+    record = times.get((FUSED, workload, dtype, "forward"))
+    return (
+        f"The fused operator took {steps['fused']:.0f} µs on {workload} in {DTYPES[dtype]} where "
+        f"softmax, locations and `ms_deform_attn` took {steps['eager']:.0f}, with "
+        f"{steps['peak_fused_MB']:.0f} instead of {steps['peak_eager_MB']:.0f} MB of memory at its "
+        f"peak (`{STEPS.relative_to(ROOT)}`; in the run above {_time(record)} µs)."
+    )
+
+
+def cpu() -> list[str]:
+    """The operator and whole models on a CPU, this kernel beside eager ones."""
+    records = latest(read([CPU]))
+    times = {(record["impl"], *case_of(record)): record for record in records}
+    rivals = [name for name in dict.fromkeys(r["impl"] for r in records) if name != KERNEL]
+    passes = [name for name in ("forward", "backward") if any(name in key for key in times)]
+    head = ["workload", "dtype"]
+    for name in passes:
+        head += [f"{name}: this kernel", *rivals]
+    rows = []
+    for workload, dtype in dict.fromkeys(case_of(record)[:2] for record in records):
+        row = [workload, DTYPES.get(dtype, dtype)]
+        for name in passes:
+            for implementation in (KERNEL, *rivals):
+                row.append(_time(times.get((implementation, workload, dtype, name)), format_ms))
+        rows.append(row)
+    about = (
+        f"{machine(records)}; median time of a call, each result checked against float64 "
+        f"(`{CPU.relative_to(ROOT)}`)."
+    )
+    model_head, model_rows = _models(CPU_MODELS, lambda record: True)
+    model_about = f"{machine(read([CPU_MODELS]))}; whole models (`{CPU_MODELS.relative_to(ROOT)}`)."
+    # Without columns of memory, which only a GPU's allocator tells.
+    kept = [i for i, title in enumerate(model_head) if "peak" not in title]
+    model_rows = [[row[i] for i in kept] for row in [model_head, *model_rows]]
+    lines = [*_filled(about), "", *markdown_table(head, rows), ""]
+    return [*lines, *_filled(model_about), "", *markdown_table(model_rows[0], model_rows[1:])]
 
 
 def models() -> list[str]:
     """Whole models: a row per case, eager beside this kernel."""
-    records = sorted(latest(read([MODELS])), key=figures.model_order)
+
+    def is_quoted(record: dict) -> bool:
+        return record["wl"]["dtype"] in QUOTED_MODELS.get(record["wl"]["name"], ())
+
+    about = (
+        f"{machine(read([MODELS]))}; random weights, median wall time of a whole forward or "
+        "training step (forward, loss, backward, AdamW). Wrong: the operator inside the model is "
+        "further from float64 than rounding explains, or a result is not finite. Compiled: "
+        "torch.compile with CUDA graphs, beside eager without. More in "
+        f"[docs/benchmarks.md](docs/benchmarks.md), of `{MODELS.relative_to(ROOT)}`."
+    )
+    return [*_filled(about), "", *markdown_table(*_models(MODELS, is_quoted))]
+
+
+def _models(file: Path, is_quoted: Callable[[dict], bool]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table of whole models."""
+    records = sorted(latest(read([file])), key=figures.model_order)
     baselines = {case_of(r): r for r in records if r["impl"] == "eager"}
     rows = []
     for record in records:
-        if record["impl"] == "eager" or record["err"]:
-            continue
-        if record["wl"]["dtype"] not in QUOTED_MODELS.get(record["wl"]["name"], ()):
+        if record["impl"] == "eager" or not is_quoted(record):
             continue
         baseline = baselines.get(case_of(record))
-        time, _, rate, ratio, peak, _ = model_figures(record, baseline)
-        eager = ["-", "-"]
-        if baseline is not None and baseline["err"] is None:
-            eager_time, *_, eager_peak, error = map(str, model_figures(baseline, baseline))
-            eager = [f"{eager_time}{' (wrong)' if 'WRONG' in error else ''}", eager_peak]
+        eager, *_, eager_peak = _model(baseline, None)
         name, dtype, mode = case_of(record)
         name += ", compiled" if record["impl"].endswith("_compiled") else ""
+        time, ratio, rate, peak = _model(record, baseline)
         dtype = dtype.replace("_autocast", " autocast")
-        rows.append([name, dtype, mode, eager[0], time, ratio, rate, eager[1], peak])
+        rows.append([name, dtype, mode, eager, time, ratio, rate, eager_peak, peak])
     head = ["model", "dtype", "mode", "eager", "this kernel", "speed-up", "images/s"]
-    head += ["eager peak", "peak"]
-    about = (
-        f"{machine(records)}; random weights, median wall time of a whole forward or training step "
-        "(forward, loss, backward, AdamW). Wrong: the operator inside the eager model is further "
-        "from float64 than rounding explains. Compiled: torch.compile with CUDA graphs, beside "
-        f"eager without. More in [docs/benchmarks.md](docs/benchmarks.md), of "
-        f"`{MODELS.relative_to(ROOT)}`."
-    )
-    return [*_filled(about), "", *markdown_table(head, rows)]
+    return [*head, "eager peak", "peak"], rows
+
+
+def _model(record: dict | None, baseline: dict | None) -> tuple[str, str, str, str]:
+    """(time, speed-up, images/s, peak memory) of a whole model."""
+    if record is None or record["err"]:
+        return "-" if record is None else "failed", "-", "-", "-"
+    time, _, rate, ratio, peak, error = map(str, model_figures(record, baseline))
+    return f"{time} (wrong)" if "WRONG" in error else time, ratio, rate, peak
 
 
 def pictures() -> list[str]:
@@ -162,14 +222,15 @@ def _files(name: str) -> dict[str, Path]:
 BLOCKS: dict[str, Callable[[], list[str]]] = {
     "operator": operator,
     "models": models,
+    "cpu": cpu,
     "pictures": pictures,
 }
 
 
-def _time(record: dict | None) -> str:
+def _time(record: dict | None, format_time: Callable[[float], str] = format_us) -> str:
     if record is None or record["err"]:
         return "-"
-    return format_us(record["lat_ms"]["p50"]) if record["ok"] else "wrong"
+    return format_time(record["lat_ms"]["p50"]) if record["ok"] else "wrong"
 
 
 def _range(ratios: list[float]) -> str:
