@@ -12,6 +12,8 @@ import torch
 T = TypeVar("T")
 
 ROUND = 20  # GPU calls enqueued at once
+LONGEST_SLEEP_MS = 20.0
+CYCLES_PER_MS = 2_000_000  # of a GPU, about
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,23 @@ def time_latency(call: Callable[[], object], device: torch.device, effort: Effor
 def time_device(call: Callable[[], object], device: torch.device, effort: Effort) -> list[float]:
     """The milliseconds a GPU spends on each of a number of calls, its L2 cold.
 
-    Nothing waits between the calls of a round: while the GPU overwrites its L2 for one call, Python
-    enqueues the next, so that short kernels are not charged for the time it takes to launch them.
+    Nothing waits between the calls of a round, and the GPU sleeps before the first for as long as
+    Python takes to enqueue them all, so that short kernels are not charged for the time it takes to
+    launch them. A call that waits for the GPU itself still is.
     """
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(max(4 * l2_bytes, 2**28), dtype=torch.int8, device=device)
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call()
+    enqueue_ms = (time.perf_counter() - begin) * 1e3
     times: list[float] = []
     while not effort.enough(times):
         left = (effort.reps or effort.max_reps) - len(times)
         # The first round is short: it tells how long the calls are.
         size = min(left, ROUND if times else effort.min_reps)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(size)]
+        torch.cuda._sleep(int(CYCLES_PER_MS * min(size * enqueue_ms, LONGEST_SLEEP_MS)))
         for start, end in events:
             flush.zero_()
             start.record()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import benchmark, checks, implementations, peers, probe, suite, table
+from benchmarks import benchmark, checks, implementations, peers, probe, suite, table, timing
 from benchmarks.__main__ import _parse, main
 from benchmarks.benchmark import Workload
 from benchmarks.implementations import (
@@ -191,6 +192,41 @@ class TestSets:
         with pytest.raises(SystemExit):
             run("--sets", "0")
         assert "--sets is 0, expected at least 1" in capsys.readouterr().err
+
+
+def test_a_gpu_sleeps_while_a_round_is_enqueued(monkeypatch):
+    """The order of what time_device enqueues, on a GPU that is not there."""
+    queue = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queue.append("event")
+
+        def elapsed_time(self, end):
+            return 0.5
+
+    def enqueue():
+        time.sleep(0.002)
+        queue.append("call")
+
+    cuda = SimpleNamespace(
+        Event=Event,
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1),
+        synchronize=lambda device: queue.append("wait"),
+        _sleep=lambda cycles: queue.append(cycles / timing.CYCLES_PER_MS),
+    )
+    flush = SimpleNamespace(zero_=lambda: queue.append("flush"))
+    fake = SimpleNamespace(cuda=cuda, empty=lambda *args, **options: flush, int8=torch.int8)
+    monkeypatch.setattr(timing, "torch", fake)
+    assert timing.time_device(enqueue, CPU, Effort(min_reps=2, max_reps=5)) == [0.5] * 5
+    one = ["flush", "event", "call", "event"]
+    assert queue[:2] == ["wait", "call"] and queue[3:12] == [*one, *one, "wait"]
+    assert queue[13:] == [*one, *one, *one, "wait"]
+    first, second = queue[2], queue[12]
+    assert 4 <= first <= 20 and second == pytest.approx(min(1.5 * first, 20))
 
 
 class TestResume:
