@@ -82,7 +82,7 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Results]:
     parser.add_argument("--resume", action="store_true", help="skip what --out has measured")
     parser.add_argument("--quick", action="store_true", help="a first look: small, fewer calls")
     options = parser.parse_args(arguments)
-    for name in ("reps", "sets"):
+    for name in ("reps", "budget", "sets"):
         number = getattr(options, name)
         if number is not None and number < 1:
             parser.error(f"--{name} is {number}, expected at least 1")

@@ -109,12 +109,19 @@ def operator() -> list[str]:
                 row.append(_time(times.get((RIVAL, workload, "float32", name))))
         rows.append(row)
     about = (
-        f"{machine(records)}; median device time in µs, L2 flushed before each call, backward with "
-        "its allocation, clearing and conversion; each result checked against float64. Ceiling: "
-        "the time over that of the forward's loads alone, backward over twice that. Every "
+        f"{machine(records)}; median device time in µs, L2 flushed before each call"
+        f"{_sets(records)}, backward with its allocation, clearing and conversion; each result "
+        "checked against float64. Ceiling: the time over that of the forward's loads alone, "
+        "backward over twice that. Every "
         f"workload: `{RESULTS.relative_to(ROOT)}/{RUN}-{{{','.join(DTYPES)}}}.jsonl`."
     )
     return [*_filled(about), "", *markdown_table(head, rows), "", *_filled(_fused(times))]
+
+
+def _sets(records: list[dict]) -> str:
+    """How many sets of inputs took turns, where records say so."""
+    sets = max(record["lat_ms"].get("sets", 1) for record in records if record["lat_ms"])
+    return f", {sets} sets of inputs in turn" if sets > 1 else ""
 
 
 def _fused(times: dict[tuple, dict]) -> str:
