@@ -446,10 +446,10 @@ def compile_and_link(variant: Variant, jobs: int, verbose: bool) -> Path:
     library = write_ninja(variant, verbose)
     command = [ninja, "-f", variant.work / "build.ninja", "-j", str(jobs)]
     environment = {**os.environ, "NINJA_STATUS": f"  {variant.backend} [%f/%t] %es  "}
-    if len(variant.archs) > 1:  # not in build.ninja: what was compiled stays so with other jobs
-        files = sum(source.endswith(".cu") for source in variant.kernel.sources(variant.backend))
-        threads = max(1, min(jobs // files, len(variant.archs)))
-        environment["NVCC_APPEND_FLAGS"] = f"--threads {threads}"
+    if len(variant.archs) > 1:
+        # Each file may take all cores, for one takes twice as long as the other. Not in
+        # build.ninja: what was compiled stays so with other jobs.
+        environment["NVCC_APPEND_FLAGS"] = f"--threads {min(jobs, len(variant.archs))}"
     done = subprocess.run(command + (["-v"] if verbose else []), cwd=root, env=environment)
     if done.returncode != 0:
         raise BuildError(
