@@ -392,20 +392,25 @@ def test_a_build_is_current_until_a_source_changes(checkout: builder.Kernel, bui
     assert not builder.is_current(checkout, "cpu", built, None)
 
 
-def test_a_commit_makes_a_current_build_clean(
+def test_a_current_build_is_of_the_present_commit(
     checkout: builder.Kernel, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without compiling: the sources are those of the commit."""
-    for dirty, commit in ((True, "1" * 40), (False, "2" * 40)):
-        git = {"commit": commit, "dirty": dirty}
+    dirty = builder.provenance({"commit": "1" * 40, "dirty": True})
+    edit_metadata(built, provenance=dirty)
+    for git, expected in (
+        ({"commit": "1" * 40, "dirty": True}, ("1" * 40, True)),
+        ({"commit": "2" * 40, "dirty": False}, ("2" * 40, False)),
+        ({"commit": "3" * 40, "dirty": False}, ("3" * 40, False)),
+        ({"commit": "4" * 40, "dirty": True}, ("3" * 40, False)),
+        (None, ("3" * 40, False)),
+    ):
         monkeypatch.setattr(builder, "git_status", lambda root, git=git: git)
-        if dirty:
-            data = json.loads((built / "metadata.json").read_text())
-            data["provenance"] = builder.provenance(git)
-            (built / "metadata.json").write_text(json.dumps(data))
         assert builder.say_if_current(checkout, "cpu", "cpu", None)
         recorded = Metadata.read_from_file(built / "metadata.json").provenance
-        assert (recorded.kernel.commit, recorded.dirty) == (commit, dirty)
+        assert (recorded.kernel.commit, recorded.dirty) == expected
+    text = (built / "metadata.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=2) + "\n"  # as a build writes it
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])

@@ -508,12 +508,11 @@ def provenance(git: dict) -> dict:
 
 
 def mend_provenance(kernel: Kernel, folder: Path) -> None:
-    """A current build from before the commit of its sources is no longer of a dirty tree."""
+    """A current build is what the present commit gives, whichever one it was built from."""
     file = folder / "metadata.json"
     recorded = json.loads(file.read_text())
     git = git_status(kernel.root)
-    was_dirty = recorded.get("provenance", {}).get("kernel", {}).get("dirty", False)
-    if was_dirty and git and not git["dirty"]:
+    if git and not git["dirty"] and recorded.get("provenance") != provenance(git):
         recorded["provenance"] = provenance(git)
         file.write_text(json.dumps(recorded, indent=2) + "\n")
 
