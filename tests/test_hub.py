@@ -80,7 +80,8 @@ def hub(tmp_path_factory):
         skip_if_the_compiler_is_newer(abi.check(variant))
     with Hub() as hub:
         home = tmp_path_factory.mktemp("publisher")
-        run(hub, home, [builder.ROOT / "tools" / "publish.py", kernel.root], HF_TOKEN=TOKEN)
+        publish = [builder.ROOT / "tools" / "publish.py", kernel.root, "--partial"]
+        run(hub, home, publish, HF_TOKEN=TOKEN)
         repository = hub.repositories[REPO_ID]
         metadata = repository.files("v1")[f"build/{VARIANT}/metadata.json"]  # a lock reads them all
         foreign = {f"build/{name}/metadata.json": metadata for name in FOREIGN}

@@ -18,6 +18,7 @@ from releases import (
 
 from tools import abi, publish
 from tools import build as builder
+from tools import release as release_tool
 
 REPO_ID = "org/deformable-detr"
 
@@ -49,7 +50,8 @@ def hub(monkeypatch: pytest.MonkeyPatch):
 
 
 def run(kernel: builder.Kernel, *arguments: str) -> None:
-    publish.main([str(kernel.root), *arguments])
+    """Publishes what there is: a development machine has not built a whole release."""
+    publish.main([str(kernel.root), "--partial", *arguments])
 
 
 def refused(kernel: builder.Kernel, *arguments: str) -> str:
@@ -232,6 +234,51 @@ def test_a_release_that_is_not_fit_is_refused(
     error = refused(changed)
     assert re.search(message, error, re.S), error
     assert hub.requests == []
+
+
+def make_whole(kernel: builder.Kernel) -> None:
+    """Makes copies of the first variant pass for the variants of a whole release."""
+    original = first_variant(kernel)
+    for name, archs in release_tool.matrix(kernel).items():
+        backend = "cuda" if archs else "cpu"
+        copy = kernel.root / "build" / name
+        if copy != original:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(original, copy)
+        about = {"type": backend, **({"archs": archs} if archs else {})}
+        edit_metadata(copy, backend=about, id=kernel.id(backend, name, archs))
+
+
+def test_a_whole_release_needs_no_option(hub: Hub, changed: builder.Kernel) -> None:
+    make_whole(changed)
+    publish.main([str(changed.root)])
+    published = {
+        path.split("/")[1] for path in hub.repositories[REPO_ID].files("v1") if "build/" in path
+    }
+    assert published == set(release_tool.matrix(changed))
+
+
+def test_a_release_in_part_is_refused(hub: Hub, changed: builder.Kernel) -> None:
+    """One variant is missing, another was built for fewer architectures."""
+    make_whole(changed)
+    variants = {
+        variant.name.split("-")[3]: variant for variant in publish.find_variants(changed.root)
+    }
+    archs = release_tool.matrix(changed)[variants["cu130"].name][:-2]
+    id = changed.id("cuda", variants["cu130"].name, archs)
+    edit_metadata(variants["cu130"], backend={"type": "cuda", "archs": archs}, id=id)
+    shutil.rmtree(variants["cu132"])
+    with pytest.raises(SystemExit) as exit:
+        publish.main([str(changed.root)])
+    assert exit.value.code.splitlines() == [
+        "error: not published:",
+        "  torch-stable-abi211-cu130-x86_64-linux was not built for 12.0 12.1+PTX",
+        "  torch-stable-abi211-cu132-x86_64-linux is missing",
+        "  make release builds all of it; --partial publishes what there is",
+    ]
+    assert hub.requests == []
+    run(changed)
+    assert f"build/{variants['cu130'].name}/metadata.json" in hub.repositories[REPO_ID].files("v1")
 
 
 def test_no_token(hub: Hub, release: builder.Kernel, monkeypatch) -> None:

@@ -6,8 +6,9 @@
 
 The variants in build/ and benchmarks/benchmark*.py go to the branch v<version> of the kernel
 repository, in one commit; then CARD.md, rendered, becomes README.md on main. Nothing is published
-that was built from a dirty tree, fails the ABI check or differs from its digest. Large files are
-uploaded before anything shows; run it again after an interruption, what is there is not sent twice.
+that was built from a dirty tree, fails the ABI check or differs from its digest, and no release
+that lacks a variant or an architecture. Large files are uploaded before anything shows; run it
+again after an interruption, what is there is not sent twice.
 """
 
 import argparse
@@ -17,19 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 try:
-    from tools import abi
+    from tools import abi, release
     from tools import build as builder
 except ModuleNotFoundError:  # run as a script
     import abi
 
     import build as builder
+    import release
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-RELEASE = builder.ROOT / "release"  # where `make release` builds
 MESSAGE = "Uploaded by tools/publish.py"
 APPROVAL = (
     "publishing kernels needs Hugging Face's approval: ask for it in a discussion of the "
@@ -80,13 +81,40 @@ def problems(kernel: builder.Kernel, variant: Path) -> list[str]:
     return found + abi.check(variant)
 
 
-def check(kernel: builder.Kernel, variants: list[Path]) -> None:
-    """Raises PublishError with all that is wrong with the variants."""
+def missing(kernel: builder.Kernel, variants: list[Path]) -> list[str]:
+    """What a whole release has and this one has not: variants, GPU architectures."""
+    from kernels._rust import Metadata
+
+    found = []
+    built = {variant.name: variant for variant in variants}
+    for name, archs in release.matrix(kernel).items():
+        if name not in built:
+            found.append(f"{name} is missing")
+            continue
+        try:
+            metadata = Metadata.read_from_file(built[name] / "metadata.json")
+        except (OSError, ValueError):
+            continue  # told by problems()
+        absent = [arch for arch in archs if arch not in (metadata.backend.archs or [])]
+        if absent:
+            found.append(f"{name} was not built for {' '.join(absent)}")
+    return found
+
+
+def check(kernel: builder.Kernel, variants: list[Path], partial: bool) -> None:
+    """Raises PublishError with all that is wrong with the variants.
+
+    Args:
+        partial: Whether variants and architectures of a whole release may be missing.
+    """
     if not variants:
         raise PublishError(f"{kernel.root / 'build'} has no variant; run make release")
     lines = [f"{v.name} {problem}" for v in variants for problem in problems(kernel, v)]
-    if lines:
-        raise PublishError("not published:\n  " + "\n  ".join(lines))
+    absent = [] if partial else missing(kernel, variants)
+    if absent:
+        absent.append("make release builds all of it; --partial publishes what there is")
+    if lines or absent:
+        raise PublishError("not published:\n  " + "\n  ".join([*lines, *absent]))
 
 
 # --------------------------------------------------------------------------------------- the card
@@ -279,13 +307,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "root", nargs="?", type=Path, default=RELEASE,
+        "root", nargs="?", type=Path, default=release.FIRST,
         help="the checkout whose build/ is published (default: release/, of make release)",
     )  # fmt: skip
     parser.add_argument("--repo-id", help="default: repo-id of build.toml")
     parser.add_argument("--branch", help="default: branch of build.toml, else v<version>")
     parser.add_argument("--private", action="store_true", help="create the repository as private")
     parser.add_argument("--create-pr", action="store_true", help="open pull requests")
+    parser.add_argument(
+        "--partial", action="store_true", help="allow missing variants and GPU architectures"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print the operations")
     return parser.parse_args(argv)
 
@@ -303,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             raise PublishError("build.toml has no repo-id in [general.hub], expected --repo-id")
         branch = args.branch or hub.get("branch") or f"v{kernel.config['general']['version']}"
         variants = find_variants(kernel.root)
-        check(kernel, variants)
+        check(kernel, variants, args.partial)
         token = get_token()
         if token is None and not args.dry_run:
             raise PublishError("there is no token; log in with `hf auth login` or set HF_TOKEN")

@@ -34,6 +34,19 @@ TOOLKITS = ROOT / ".toolkits"
 REQUIREMENTS = {"13.0": "requirements-cuda.txt", "13.2": "requirements-cuda132.txt"}
 
 
+def compute_of(cuda: str) -> str:
+    return "cu" + cuda.replace(".", "")
+
+
+def matrix(kernel: builder.Kernel) -> dict[str, list[str]]:
+    """The variants of a whole release by their names, and each one's GPU architectures."""
+    variants = {builder.variant_name(kernel.stable_abi("cpu"), "cpu"): []}
+    for cuda in REQUIREMENTS:
+        name = builder.variant_name(kernel.stable_abi("cuda"), compute_of(cuda))
+        variants[name] = builder.RELEASE_ARCHS[int(cuda.split(".")[0])]
+    return variants
+
+
 def check_out(folder: Path) -> str:
     """Makes ``folder`` a checkout of the last commit, which it returns."""
     git = ["git", "-C", str(folder)]
@@ -124,8 +137,7 @@ def release(archs: list[str], cudas: list[str], jobs: int, once: bool) -> None:
     tasks = [Task("cpu", "cpu", [])]
     for cuda in cudas:
         nvcc = install_nvcc(cuda)
-        compute = "cu" + cuda.replace(".", "")
-        tasks.append(Task("cuda", compute, ["--nvcc", str(nvcc), "--archs", *archs]))
+        tasks.append(Task("cuda", compute_of(cuda), ["--nvcc", str(nvcc), "--archs", *archs]))
 
     total = sum(task.steps(kernel) for task in tasks) * len(folders)
     with tqdm(total=total, unit="step", bar_format="{l_bar}{bar:20}{r_bar}") as bar:
