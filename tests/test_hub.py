@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import BACKEND, KERNEL, REPO_ID
 from hub import TOKEN, Fault, Hub, Repository
 from releases import (
@@ -37,8 +38,8 @@ FOREIGN = [
     "torch28-cxx11-cu128-x86_64-linux",
 ]
 
-# For each call of a function of kernels: where the kernel came from, once its output was found to
-# be that of the float64 reference; or what was raised.
+# For each call of a function of kernels: where the kernel came from and what it ran on, once its
+# output was found to be that of the float64 reference there; or what was raised.
 CONSUMER = """
 import json, sys
 from pathlib import Path
@@ -52,10 +53,14 @@ for function, arguments in json.loads(sys.argv[1]):
     except Exception as error:
         results.append(f"{type(error).__name__}: {error}")
         continue
-    inputs = make_inputs(SMALL, torch.float32)
-    expected = kernel.reference.ms_deform_attn(*inputs.double().args)
-    assert_close(kernel.ms_deform_attn(*inputs.args), expected, "output")
-    results.append(str(Path(kernel.__file__).parent))
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        inputs = make_inputs(SMALL, torch.float32, device)
+        expected = kernel.reference.ms_deform_attn(*inputs.double().args)
+        output = kernel.ms_deform_attn(*inputs.args)
+        assert output.device.type == device
+        assert_close(output, expected, "output")
+    results.append([str(Path(kernel.__file__).parent), devices])
 print(json.dumps(results))
 """
 
@@ -99,10 +104,11 @@ def run(hub: Hub, home: Path, arguments: list, **environment: str) -> str:
     """What a Python program prints in a fresh process that knows only this Hub."""
     others = ("HF_", "LOCAL_KERNELS", "KERNELS_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
+    paths = [str(Path(__file__).parent), *filter(None, [clean.get("PYTHONPATH")])]
     environment = {
         **clean,
         **hub.environment(home),
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(paths),
         **environment,
     }
     done = subprocess.run(
@@ -112,8 +118,8 @@ def run(hub: Hub, home: Path, arguments: list, **environment: str) -> str:
     return done.stdout
 
 
-def consume(hub: Hub, home: Path, *calls: "tuple[str, dict]", **environment: str) -> "list[str]":
-    """What a fresh process gets from each call: the folder of the kernel, or the error."""
+def consume(hub: Hub, home: Path, *calls: "tuple[str, dict]", **environment: str) -> list:
+    """What a fresh process gets from each call: the kernel's folder and devices, or the error."""
     calls = [(name, {"backend": BACKEND, **arguments}) for name, arguments in calls]
     program = ["-c", CONSUMER, json.dumps(calls)]
     return json.loads(run(hub, home, program, **environment).splitlines()[-1])
@@ -143,8 +149,13 @@ def test_the_variant_of_this_environment_is_fetched_and_runs(hub: Hub, tmp_path:
     (library,) = (path for path in published if re.search(rf"/{VARIANT}/.*\.so$", path))
     hub.faults = [Fault(f"GET .*{library}", bytes_sent=len(published[library]) // 2, times=1)]
     (result,) = consume(hub, tmp_path, get())
-    folder = Path(result)
-    assert folder.is_relative_to(tmp_path) and folder.name == VARIANT, result
+    assert isinstance(result, list), result
+    folder, devices = Path(result[0]), result[1]
+    assert folder.is_relative_to(tmp_path) and folder.name == VARIANT
+    on_gpu = torch.cuda.is_available()
+    compute = VARIANT.split("-")[3]
+    assert re.fullmatch(r"cu\d+" if on_gpu else "cpu", compute), VARIANT
+    assert devices == (["cpu", "cuda"] if on_gpu else ["cpu"])
     assert_is_what_was_published(hub, folder)
     fetched = {r.split("/build/")[1].split("/")[0] for r in hub.requests if "/resolve/" in r}
     assert fetched == {VARIANT}
@@ -153,6 +164,7 @@ def test_the_variant_of_this_environment_is_fetched_and_runs(hub: Hub, tmp_path:
 
 def test_locked_then_loaded_offline(hub: Hub, tmp_path: Path) -> None:
     """`kernels lock`, `kernels download`, then load_kernel and a pinned revision, without a Hub."""
+    pytest.importorskip("sigstore", reason="the command line of kernels needs it")
     project = tmp_path / "project"
     project.mkdir()
     (project / "pyproject.toml").write_text(f'[tool.kernels.dependencies]\n"{REPO_ID}" = 1\n')
@@ -172,6 +184,7 @@ def test_locked_then_loaded_offline(hub: Hub, tmp_path: Path) -> None:
     # huggingface_hub 1.22 and later call a snapshot incomplete that has only what kernels 0.17.2
     # asks for; the whole revision is complete.
     for result in consume(hub, tmp_path, *calls, HF_HUB_OFFLINE="1"):
+        assert isinstance(result, str), result
         assert result.startswith("FileNotFoundError: Cannot find a local snapshot")
     download = (
         f"import huggingface_hub as hub; hub.snapshot_download({REPO_ID!r}, repo_type='kernel', "
@@ -181,8 +194,8 @@ def test_locked_then_loaded_offline(hub: Hub, tmp_path: Path) -> None:
 
     hub.requests.clear()
     loaded, pinned = consume(hub, tmp_path, *calls, HF_HUB_OFFLINE="1")
-    assert loaded == pinned
-    assert_is_what_was_published(hub, Path(loaded))
+    assert isinstance(loaded, list) and loaded == pinned, (loaded, pinned)
+    assert_is_what_was_published(hub, Path(loaded[0]))
     assert hub.requests == []
 
 
@@ -210,4 +223,4 @@ def test_what_cannot_be_had_is_told(hub: Hub, tmp_path: Path) -> None:
     ]
     results = consume(hub, tmp_path, *(call for call, _ in expected))
     for result, (call, message) in zip(results, expected):
-        assert re.match(message, result, re.S), (call, result)
+        assert isinstance(result, str) and re.match(message, result, re.S), (call, result)
