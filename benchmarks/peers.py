@@ -23,6 +23,12 @@ def _equal_points(workload: Workload) -> int:
     return workload.points
 
 
+def _without_bfloat16(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    if inputs.value.dtype == torch.bfloat16:
+        raise Unsupported("value is torch.bfloat16, expected float16, float32 or float64")
+    return tuple(inputs)
+
+
 # ---------------------------------------------------------------- kernels-community/deformable-detr
 
 
@@ -53,7 +59,9 @@ def _find_mmcv():
 def _load_mmcv(workload: Workload) -> Operator:
     _equal_points(workload)
     function = _find_mmcv()
-    return Operator(lambda *arguments: function.apply(*arguments, IM2COL_STEP))
+    return Operator(
+        lambda *arguments: function.apply(*arguments, IM2COL_STEP), arrange=_without_bfloat16
+    )
 
 
 # -------------------------------------------------------------------------------------------- DCNv4
@@ -78,6 +86,7 @@ def _load_dcnv4(workload: Workload) -> Operator:
         arrange=_with_logits,
         gradients=partial(_without_logits, levels=len(workload.shapes), points=points),
         takes_logits=True,
+        meaning=_of_logits,
     )
 
 
@@ -91,6 +100,14 @@ def _with_logits(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     logits = weights.double().flatten(3).log()
     logits = logits - logits.mean(-1, keepdim=True)
     return value, shapes, starts, torch.cat((locations.flatten(3), logits), -1).to(value.dtype)
+
+
+def _of_logits(inputs: Inputs) -> Inputs:
+    """With the weights, in float64, that the rounded logits stand for. Where the locations lose
+    bits to the dtype of value, that is the peer's own doing."""
+    weights = inputs.attention_weights
+    logits = _with_logits(inputs)[3][..., -weights[0, 0, 0].numel() :]
+    return inputs._replace(attention_weights=logits.double().softmax(-1).view_as(weights))
 
 
 def _without_logits(
@@ -122,7 +139,7 @@ def _load_triton(workload: Workload) -> Operator:
     def forward(value, spatial_shapes, level_start_index, locations, weights):
         return function(value, spatial_shapes, locations, weights, "zeros", False).flatten(2)
 
-    return Operator(forward)
+    return Operator(forward, arrange=_without_bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------- all
