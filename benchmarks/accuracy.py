@@ -1,6 +1,7 @@
 """How far answers are from float64, and the page that says so.
 
     python -m benchmarks.accuracy measure --out benchmarks/results/accuracy-NAME.jsonl
+    python -m benchmarks.accuracy measure --peers --out benchmarks/results/accuracy-peers-NAME.jsonl
     python -m benchmarks.accuracy write       # docs/accuracy.md, of benchmarks/results/accuracy-*
 
 An error is the norm of the difference over the norm of the float64 result, computed from the
@@ -11,16 +12,18 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import environment
-from .checks import Expected
+from . import environment, peers
+from .checks import LOCATION_TOLERANCES, TOLERANCES
 from .implementations import IMPLEMENTATIONS, KERNEL, ROOT
 from .operators import Unsupported
-from .workloads import WORKLOADS, make_inputs, select
+from .suite import Case
+from .workloads import CANONICAL, select
 
 DTYPES = ["float32", "float16", "bfloat16", "float64"]
 COMPARED = [KERNEL, "grid_sample"]
@@ -33,20 +36,50 @@ TENSORS = {
     "grad_sampling_locations": "of locations",
     "grad_attention_weights": "of weights",
 }
+PEER_TENSORS = {
+    "output": "Output",
+    "grad_value": "Gradient of value",
+    "grad_sampling_locations": "Gradient of the locations",
+    "grad_attention_weights": "Gradient of the weights (dcnv4_flash: of the logits)",
+}
+
+
+@lru_cache(maxsize=1)  # it holds the float64 results, for one implementation after the other
+def _case(workload: str, dtype: str, device: str) -> Case:
+    return Case(workload, dtype, torch.device(device))
 
 
 def measure(workload: str, dtype: str, device: str, name: str) -> dict:
-    """The error of the output and of each gradient, and how many queries were compared."""
-    sizes = WORKLOADS[workload]
-    inputs = make_inputs(workload, getattr(torch, dtype), device)
-    expected = Expected(sizes, inputs)
-    operator = IMPLEMENTATIONS[name].load(sizes)
-    verdict = expected.check_output(operator.forward(*operator.arrange(inputs)))
-    errors = dict(verdict.errors)
-    backward = operator.prepare_backward(inputs)
-    gradients = operator.gradients(backward(expected.checked_grad_output))
-    errors |= expected.check_gradients(gradients).errors
-    return {"queries": verdict.queries, "error": errors}
+    """The error of the output and of each gradient, and how many queries were compared.
+
+    Of a peer that fails in a pass, ``failed`` says how, and that pass has no errors.
+    """
+    case = _case(workload, dtype, device)
+    operator = IMPLEMENTATIONS[name].load(case.sizes)
+    result = {"queries": len(case.expected.queries), "error": {}}
+    for pass_name in ("forward", "backward"):
+        try:
+            calls = case.prepare(pass_name, operator)
+            result["error"] |= calls.judge(calls.checked()).errors
+        except Exception as error:  # whatever a foreign operator may raise
+            if name not in peers.PEERS or isinstance(error, Unsupported):
+                raise
+            first_line = str(error).strip().split("\n")[0]
+            result["failed"] = f"{pass_name}: {type(error).__name__}: {first_line}"
+            break
+    return result
+
+
+def present(names: list[str]) -> list[str]:
+    """Those that this environment has; of the others it says why not."""
+    found = []
+    for name in names:
+        try:
+            IMPLEMENTATIONS[name].find()
+            found.append(name)
+        except Exception as error:  # whatever importing a foreign package may raise
+            tqdm.write(f"{name} is not here: {error}")
+    return found
 
 
 def measure_all(workloads: list[str], dtypes: list[str], device: str, names: list[str], out: Path):
@@ -76,7 +109,7 @@ def page() -> str:
     return "\n".join(_lines(records(), json.loads(PEERS.read_text())))
 
 
-def _lines(all_records: list[dict], peers: dict) -> Iterator[str]:
+def _lines(all_records: list[dict], earlier: dict) -> Iterator[str]:
     yield "# Accuracy\n"
     yield (
         "Errors against float64: the norm of the difference over the norm of the float64 result, "
@@ -101,8 +134,64 @@ def _lines(all_records: list[dict], peers: dict) -> Iterator[str]:
             yield from _table(of_name)
         yield ""
     yield "## Peers\n"
-    yield f"{peers['conditions']} Output, forward:\n"
-    names = peers["names"]
+    of_peers = [record for record in all_records if record["impl"] in peers.PEERS]
+    yield from _peers(all_records, of_peers) if of_peers else _earlier_peers(all_records, earlier)
+
+
+def _peers(all_records: list[dict], of_peers: list[dict]) -> Iterator[str]:
+    """Side by side, a table a tensor, on the device that the first of them was measured on."""
+    device, version = of_peers[0]["gpu"], of_peers[0]["torch"]
+    of_peers = [record for record in of_peers if record["gpu"] == device]
+    names = [KERNEL, "grid_sample", *dict.fromkeys(record["impl"] for record in of_peers)]
+    found = {
+        (record["impl"], record["workload"], record["dtype"]): record
+        for record in all_records
+        if (record["gpu"], record["torch"]) == (device, version)
+    }
+    measured = [(record["workload"], record["dtype"]) for record in of_peers]
+    workloads = dict.fromkeys(workload for workload, _ in measured)
+    rows = [(name, dtype) for name in workloads for dtype in DTYPES if (name, dtype) in measured]
+    yield (
+        f"{device}, torch {version}, {of_peers[0]['date']}, every query compared. Bold: more than "
+        "rounding, by the\ntolerances of `benchmarks/checks.py`. A dash: not offered. "
+        "kernels_community: version 1 of deformable-detr there;\nmsda_triton: rziga's; "
+        "dcnv4_flash: flash_deform_attn, which takes the softmax, too.\n"
+    )
+    for tensor, title in PEER_TENSORS.items():
+        yield f"{title}:\n"
+        yield f"| workload | dtype | {' | '.join(names)} |"
+        yield "|---" * (2 + len(names)) + "|"
+        for row in rows:
+            cells = [_cell(found.get((name, *row)), tensor, row[1]) for name in names]
+            yield f"| {' | '.join([*row, *cells])} |"
+        yield ""
+    failures = dict.fromkeys(
+        (r["impl"], r["dtype"], r["failed"]) for r in of_peers if "failed" in r
+    )
+    if failures:
+        yield "What failed:\n"
+        yield from (f"* {name}, {dtype}, {failure}" for name, dtype, failure in failures)
+        yield ""
+
+
+def _cell(record: dict | None, tensor: str, dtype: str) -> str:
+    if record is None:
+        return "-"
+    errors = record["error"]
+    if tensor == "grad_attention_weights":
+        tensor = tensor if tensor in errors else "grad_attention_logits"
+    if tensor not in errors:
+        return "failed"
+    tolerances = LOCATION_TOLERANCES if tensor == "grad_sampling_locations" else TOLERANCES
+    text = f"{errors[tensor]:.1e}"
+    # Written so that a NaN is bold.
+    return text if errors[tensor] <= tolerances[getattr(torch, dtype)] else f"**{text}**"
+
+
+def _earlier_peers(all_records: list[dict], earlier: dict) -> Iterator[str]:
+    """What was measured of their outputs before the suite could reach them."""
+    yield f"{earlier['conditions']} Output, forward:\n"
+    names = earlier["names"]
     ours = {
         (r["workload"], r["dtype"]): r["error"]["output"]
         for r in all_records
@@ -110,7 +199,7 @@ def _lines(all_records: list[dict], peers: dict) -> Iterator[str]:
     }
     yield f"| workload | dtype | this kernel | {' | '.join(names)} |"
     yield "|---" * (3 + len(names)) + "|"
-    for workload, dtype, errors in peers["errors"]:
+    for workload, dtype, errors in earlier["errors"]:
         own = ours.get((workload, dtype))
         cells = [f"{own:.0e}" if own else "-", *(e or "-" for e in errors)]
         yield f"| {workload} | {dtype} | {' | '.join(cells)} |"
@@ -134,14 +223,17 @@ def main() -> None:
     command.add_argument("--device", default="cuda" if gpu else "cpu")
     command.add_argument("--workloads", nargs="+", default=["all"])
     command.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
-    command.add_argument("--implementations", nargs="+", default=COMPARED, choices=COMPARED)
+    known = [*COMPARED, *peers.PEERS]
+    command.add_argument("--implementations", nargs="+", default=COMPARED, choices=known)
+    command.add_argument("--peers", action="store_true", help="only the peers that are here")
     commands.add_parser("write")
     args = parser.parse_args()
     if args.command == "write":
         PAGE.write_text(page())
         return
-    workloads = select(args.workloads, list(WORKLOADS))
-    measure_all(workloads, args.dtypes, args.device, args.implementations, args.out)
+    workloads = select(args.workloads, list(CANONICAL))
+    names = present([*peers.PEERS] if args.peers else args.implementations)
+    measure_all(workloads, args.dtypes, args.device, names, args.out)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,79 @@ def test_peers_are_as_recorded():
     assert ["ddetr_encoder_b1", "bfloat16"] in [row[:2] for row in peers["errors"]]
 
 
+def broken(name, monkeypatch, **changes):
+    """``name``, found here, is now this kernel with some of its functions replaced."""
+    operator = accuracy.IMPLEMENTATIONS[accuracy.KERNEL]
+
+    def load(workload):
+        return operator.load(workload)._replace(**changes)
+
+    changed = accuracy.IMPLEMENTATIONS | {name: type(operator)({}, load)}
+    monkeypatch.setattr(accuracy, "IMPLEMENTATIONS", changed)
+
+
+def out_of_order(*arguments):
+    raise NotImplementedError("not implemented for 'Half'\nand more")
+
+
+def test_a_peer_may_fail(monkeypatch):
+    broken("mmcv", monkeypatch, backward=out_of_order)
+    result = accuracy.measure("seed_b1_q100", "float16", "cpu", "mmcv")
+    assert list(result["error"]) == ["output"] and result["queries"] == 100
+    assert result["failed"] == "backward: NotImplementedError: not implemented for 'Half'"
+    broken("mmcv", monkeypatch, forward=out_of_order)
+    assert accuracy.measure("seed_b1_q100", "float16", "cpu", "mmcv")["error"] == {}
+
+
+def test_this_kernel_may_not_fail(monkeypatch):
+    broken(accuracy.KERNEL, monkeypatch, backward=out_of_order)
+    with pytest.raises(NotImplementedError):
+        accuracy.measure("seed_b1_q100", "float16", "cpu", accuracy.KERNEL)
+
+
+def test_what_is_not_here_is_said(monkeypatch, capsys):
+    def find():
+        raise ImportError("no such module")
+
+    absent = accuracy.IMPLEMENTATIONS[accuracy.KERNEL].__class__({}, None, find)
+    with_it = accuracy.IMPLEMENTATIONS | {"mmcv": absent}
+    monkeypatch.setattr(accuracy, "IMPLEMENTATIONS", with_it)
+    assert accuracy.present(["mmcv", accuracy.KERNEL]) == [accuracy.KERNEL]
+    assert "mmcv is not here: no such module" in capsys.readouterr().out
+
+
+def test_peers_stand_side_by_side():
+    def record(name, dtype, errors):
+        return {
+            "impl": name,
+            "workload": "tiny",
+            "dtype": dtype,
+            "error": dict(zip(accuracy.PEER_TENSORS, errors)),
+            "date": "2026-01-01",
+            "torch": "2",
+            "gpu": "A GPU",
+            "cpu": "A CPU",
+        }
+
+    ours = record(accuracy.KERNEL, "float16", (2e-4, 2e-4, 2e-4, 2e-4))
+    hub = record("kernels_community", "float16", (3e-1, 5e-3, 1e-2, float("nan")))
+    dcn = record("dcnv4_flash", "float16", (4e-4,)) | {"failed": "backward: RuntimeError: no"}
+    only = record("mmcv", "float32", (1e-7, 1e-7, 1e-3, 1e-7))
+    elsewhere = record(accuracy.KERNEL, "float32", (9e-9, 9e-9, 9e-9, 9e-9)) | {"gpu": None}
+    earlier = json.loads(accuracy.PEERS.read_text())
+    text = "\n".join(accuracy._lines([ours, hub, dcn, only, elsewhere], earlier))
+    peers = text[text.index("## Peers") :]
+    columns = "deformable_detr | grid_sample | kernels_community | dcnv4_flash | mmcv"
+    assert peers.count(f"| workload | dtype | {columns} |") == 4
+    rows = [line for line in peers.splitlines() if line.startswith("| tiny")]
+    assert rows[0] == "| tiny | float32 | - | - | - | - | 1.0e-07 |"
+    assert rows[1] == "| tiny | float16 | 2.0e-04 | - | **3.0e-01** | 4.0e-04 | - |"
+    assert rows[3] == "| tiny | float16 | 2.0e-04 | - | 5.0e-03 | failed | - |"
+    assert rows[5] == "| tiny | float16 | 2.0e-04 | - | 1.0e-02 | failed | - |"
+    assert rows[7] == "| tiny | float16 | 2.0e-04 | - | **nan** | failed | - |"
+    assert "* dcnv4_flash, float16, backward: RuntimeError: no" in peers
+
+
 def test_a_wrong_answer_shows(monkeypatch):
     """A kernel that rounds its locations to half precision is far above its record."""
     operator = accuracy.IMPLEMENTATIONS[accuracy.KERNEL]
