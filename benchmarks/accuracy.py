@@ -18,23 +18,32 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import environment, peers
+from . import environment, peers, suite
 from .checks import LOCATION_TOLERANCES, TOLERANCES
-from .implementations import IMPLEMENTATIONS, KERNEL, ROOT
+from .implementations import FUSED, IMPLEMENTATIONS, KERNEL, OURS, ROOT
 from .operators import Unsupported
-from .suite import Case
-from .workloads import CANONICAL, select
+from .suite import InputSet
+from .workloads import CANONICAL, WORKLOADS, draw_sets, select
 
 DTYPES = ["float32", "float16", "bfloat16", "float64"]
-COMPARED = [KERNEL, "grid_sample"]
+COMPARED = [*OURS, "grid_sample"]
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = RESULTS / "h200-2026-11-23-peers-accuracy.json"
 PAGE = ROOT / "docs" / "accuracy.md"
+# The tables' columns, where an implementation has them.
 TENSORS = {
     "output": "output",
     "grad_value": "gradient of value",
     "grad_sampling_locations": "of locations",
     "grad_attention_weights": "of weights",
+    "grad_sampling_offsets": "of offsets",
+    "grad_attention_logits": "of logits",
+    "grad_reference_points": "of reference points",
+}
+HEADINGS = {
+    KERNEL: "`ms_deform_attn`:",
+    FUSED: "`fused_ms_deform_attn`, with one reference point (x, y) a query:",
+    "grid_sample": "grid_sample, eager, which transformers falls back to:",
 }
 PEER_TENSORS = {
     "output": "Output",
@@ -45,8 +54,9 @@ PEER_TENSORS = {
 
 
 @lru_cache(maxsize=1)  # it holds the float64 results, for one implementation after the other
-def _case(workload: str, dtype: str, device: str) -> Case:
-    return Case(workload, dtype, torch.device(device))
+def _inputs(workload: str, dtype: str, device: str) -> InputSet:
+    draw = draw_sets(workload, torch.device(device), 1)[0]
+    return InputSet(WORKLOADS[workload], draw.cast(*suite.DTYPES[dtype]))
 
 
 def measure(workload: str, dtype: str, device: str, name: str) -> dict:
@@ -54,12 +64,12 @@ def measure(workload: str, dtype: str, device: str, name: str) -> dict:
 
     Of a peer that fails in a pass, ``failed`` says how, and that pass has no errors.
     """
-    case = _case(workload, dtype, device)
-    operator = IMPLEMENTATIONS[name].load(case.sizes)
-    result = {"queries": len(case.expected.queries), "error": {}}
+    inputs = _inputs(workload, dtype, device)
+    operator = IMPLEMENTATIONS[name].load(inputs.workload)
+    result = {"queries": len(inputs.expected.queries), "error": {}}
     for pass_name in ("forward", "backward"):
         try:
-            calls = case.prepare(pass_name, operator)
+            calls = inputs.prepare(pass_name, operator)
             result["error"] |= calls.judge(calls.checked()).errors
         except Exception as error:  # whatever a foreign operator may raise
             if name not in peers.PEERS or isinstance(error, Unsupported):
@@ -127,12 +137,10 @@ def _lines(all_records: list[dict], earlier: dict) -> Iterator[str]:
         yield f"## {device}\n\ntorch {version}, {' to '.join(dates)}.\n"
         for name in COMPARED:
             of_name = [record for record in of_device if record["impl"] == name]
-            if not of_name:
-                continue
-            if name != KERNEL:
-                yield f"\nThe same of {name}, eager, which transformers falls back to:\n"
-            yield from _table(of_name)
-        yield ""
+            if of_name:
+                yield f"{HEADINGS[name]}\n"
+                yield from _table(of_name)
+                yield ""
     yield "## Peers\n"
     of_peers = [record for record in all_records if record["impl"] in peers.PEERS]
     yield from _peers(all_records, of_peers) if of_peers else _earlier_peers(all_records, earlier)
@@ -207,10 +215,11 @@ def _earlier_peers(all_records: list[dict], earlier: dict) -> Iterator[str]:
 
 
 def _table(of_name: list[dict]) -> Iterator[str]:
-    yield f"| workload | dtype | {' | '.join(TENSORS.values())} |"
-    yield "|---" * (2 + len(TENSORS)) + "|"
+    tensors = [name for name in TENSORS if name in of_name[0]["error"]]
+    yield f"| workload | dtype | {' | '.join(TENSORS[name] for name in tensors)} |"
+    yield "|---" * (2 + len(tensors)) + "|"
     for record in of_name:
-        cells = [f"{record['error'][tensor]:.1e}" for tensor in TENSORS]
+        cells = [f"{record['error'][name]:.1e}" for name in tensors]
         yield f"| {record['workload']} | {record['dtype']} | {' | '.join(cells)} |"
 
 

@@ -8,7 +8,7 @@ import torch
 
 from .benchmark import Inputs, Workload, gradients_in_chunks, make_grad_output
 from .implementations import ROOT
-from .operators import Gradients, for_points_of
+from .operators import Operator, for_points_of
 
 # The relative error (norm of the difference over norm of the float64 result) up to which an answer
 # counts as sound. These tell a wrong answer from rounding, of peers too; the project's own, tighter
@@ -135,25 +135,21 @@ class Expected:
     def check_output(self, output: torch.Tensor) -> Verdict:
         return self._compare({"output": (output[:, self.queries], self.output)})
 
-    def check_gradients(self, gradients: Gradients, of_logits: bool = False) -> Verdict:
-        """Compares what a backward made of ``checked_grad_output``.
-
-        Args:
-            of_logits: the gradient of the weights is that of logits whose softmax they are.
-        """
-        grad_value, grad_locations, grad_weights, *grad_references = gradients
-        actual = (grad_value, grad_locations[:, self.queries], grad_weights[:, self.queries])
-        expected = self.gradients
-        names = ["grad_value", "grad_sampling_locations", "grad_attention_weights"]
-        if of_logits:
-            expected = (*expected[:2], self._of_logits(expected[2]))
-            names[2] = "grad_attention_logits"
-        if grad_references:
-            # A reference point moves all locations of its query: those of a (query, head, point).
-            names.append("grad_reference_points")
-            actual = (*actual, grad_references[0][:, self.queries].flatten(2))
-            expected = (*expected, expected[1].flatten(2, -2).sum(2))
-        return self._compare(dict(zip(names, zip(actual, expected))))
+    def check_gradients(self, operator: Operator, grads: tuple[torch.Tensor, ...]) -> Verdict:
+        """Compares what the operator's backward made of ``checked_grad_output``."""
+        grad_value, *grads = operator.gradients(grads)
+        expected_value, of_locations, of_weights = self.gradients
+        names = ["grad_sampling_locations", "grad_attention_weights", "grad_reference_points"]
+        # A reference point moves all locations of its query: those of a (query, head, point).
+        expected = [of_locations, of_weights, of_locations.flatten(2, -2).sum(2)[:, :, None]]
+        if operator.of_offsets is not None:
+            names[0], expected[0] = "grad_sampling_offsets", operator.of_offsets(of_locations)
+        if operator.takes_logits:
+            names[1], expected[1] = "grad_attention_logits", self._of_logits(of_weights)
+        pairs = {"grad_value": (grad_value, expected_value)}
+        for name, actual, wanted in zip(names, grads, expected):
+            pairs[name] = (actual[:, self.queries], wanted)
+        return self._compare(pairs)
 
     def _of_logits(self, grad_weights: torch.Tensor) -> torch.Tensor:
         """The gradient of the softmax's input, given that of its result."""
@@ -171,7 +167,7 @@ class Expected:
                 )
             difference = actual.double() - expected
             errors[name] = float(difference.norm() / expected.norm())
-            is_location = name in ("grad_sampling_locations", "grad_reference_points")
+            is_location = name.startswith(("grad_sampling", "grad_reference"))
             tolerances[name] = (LOCATION_TOLERANCES if is_location else TOLERANCES)[actual.dtype]
             absmax = max(absmax, float(difference.abs().max()))
         return Verdict(errors, tolerances, absmax, len(self.queries))

@@ -1,5 +1,6 @@
 """What is compared. To add an implementation, add an entry to ``IMPLEMENTATIONS``."""
 
+import math
 import os
 from functools import cache, partial
 from pathlib import Path
@@ -154,21 +155,25 @@ def _load_fused(workload: Workload) -> Operator:
     def meaning(inputs: Inputs) -> Inputs:
         value, shapes, starts, references, offsets, logits = arrange(inputs)
         around = references.double().view(*references.shape[:2], *[1] * (offsets.ndim - 3), 2)
-        locations = around + offsets.double() / _per_point(offsets, sizes)
+        per_point = _per_point(offsets, sizes)
+        pixels = around * per_point + offsets.double()
+        locations = pixels / per_point
+        # A point exactly on a pixel's centre stays there: before it, the gradient is another.
+        before = (locations * per_point - 0.5).floor() < (pixels - 0.5).floor()
+        locations[before] = locations[before].nextafter(locations.new_tensor(math.inf))
         weights = logits.double().flatten(3).softmax(-1).view_as(logits)
         return Inputs(value, shapes, starts, locations, weights)
 
     def gradients(grads: tuple[torch.Tensor, ...]) -> Gradients:
         grad_value, grad_references, grad_offsets, grad_logits = grads
-        # In its own dtype: the checks tell the tolerance from it.
-        grad_locations = grad_offsets.double() * _per_point(grad_offsets, sizes)
-        return grad_value, grad_locations.to(grad_offsets.dtype), grad_logits, grad_references
+        return grad_value, grad_offsets, grad_logits, grad_references
 
     return Operator(
         for_points_of(workload, get_project_kernel().fused_ms_deform_attn),
         arrange=arrange,
         gradients=gradients,
         takes_logits=True,
+        of_offsets=lambda grad_locations: grad_locations / _per_point(grad_locations, sizes),
         meaning=meaning,
     )
 

@@ -34,6 +34,8 @@ class Operator(NamedTuple):
     gradients: Callable[[tuple[torch.Tensor, ...]], Gradients] = tuple
     # Whether the peer takes the softmax itself, so that its last gradient is that of logits.
     takes_logits: bool = False
+    # Where it takes offsets, so that its second gradient is theirs: that, of the locations'.
+    of_offsets: Callable[[torch.Tensor], torch.Tensor] | None = None
     # Whether autograd goes through forward.
     differentiable: bool = True
     # The inputs that the arranged tensors stand for, in float64, where rounding these makes them

@@ -4,43 +4,49 @@ import json
 
 import pytest
 import torch
+from cases import TOLERANCES
 
 from benchmarks import accuracy
 
 # On one processor and the next, sums have another order.
 SLACK = 1.25
+COMPARED = {accuracy.KERNEL: 4, accuracy.FUSED: 5}  # the output and the gradients
 MEASURED = [
     *(("seed_b2_q300", dtype) for dtype in accuracy.DTYPES),
     ("ddetr_decoder_b4", "bfloat16"),
 ]
 
 
-def recorded(workload, dtype):
-    """The largest error by tensor, of this kernel on any device."""
+def recorded(implementation, workload, dtype):
+    """The largest error by tensor, on any device."""
     found = [
         record["error"]
         for record in accuracy.records()
         if (record["impl"], record["workload"], record["dtype"])
-        == (accuracy.KERNEL, workload, dtype)
+        == (implementation, workload, dtype)
     ]
-    assert found, f"no record of {workload} in {dtype}"
-    return {name: max(error[name] for error in found) for name in accuracy.TENSORS}
+    assert found, f"no record of {implementation}: {workload} in {dtype}"
+    return {name: max(error[name] for error in found) for name in found[0]}
 
 
+@pytest.mark.parametrize("implementation", accuracy.OURS)
 @pytest.mark.parametrize("workload, dtype", MEASURED)
-def test_errors_are_no_larger_than_recorded(device, workload, dtype):
-    errors = accuracy.measure(workload, dtype, device, accuracy.KERNEL)["error"]
-    for name, limit in recorded(workload, dtype).items():
+def test_errors_are_no_larger_than_recorded(device, workload, dtype, implementation):
+    errors = accuracy.measure(workload, dtype, device, implementation)["error"]
+    limits = recorded(implementation, workload, dtype)
+    assert set(errors) == set(limits) and len(errors) == COMPARED[implementation]
+    for name, limit in limits.items():
         assert errors[name] <= SLACK * limit, f"{name}: {errors[name]:.2e}, recorded {limit:.2e}"
 
 
 def test_the_records_are_sound():
-    """Rounding is all that is left, in every record of this kernel."""
-    limits = {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3, "float64": 1e-12}
-    for record in accuracy.records():
-        if record["impl"] == accuracy.KERNEL:
-            for name, error in record["error"].items():
-                assert 0 < error <= limits[record["dtype"]], (record["workload"], name)
+    """Rounding is all that is left, in every record of both operators."""
+    ours = [record for record in accuracy.records() if record["impl"] in accuracy.OURS]
+    assert {record["impl"] for record in ours} == set(accuracy.OURS)
+    for record in ours:
+        for name, error in record["error"].items():
+            limit = TOLERANCES[getattr(torch, record["dtype"])]
+            assert 0 < error <= limit, (record["impl"], record["workload"], name)
 
 
 def test_the_page_is_of_the_records():
@@ -126,21 +132,22 @@ def test_peers_stand_side_by_side():
     assert "* dcnv4_flash, float16, backward: RuntimeError: no" in peers
 
 
-def test_a_wrong_answer_shows(monkeypatch):
-    """A kernel that rounds its locations to half precision is far above its record."""
-    operator = accuracy.IMPLEMENTATIONS[accuracy.KERNEL]
+@pytest.mark.parametrize("implementation", accuracy.OURS)
+def test_a_wrong_answer_shows(monkeypatch, implementation):
+    """One that rounds its locations or reference points to half precision is far off its record."""
+    operator = accuracy.IMPLEMENTATIONS[implementation]
 
     def load(workload):
         right = operator.load(workload)
 
-        def forward(value, shapes, starts, locations, weights):
-            return right.forward(value, shapes, starts, locations.half().to(value), weights)
+        def forward(value, shapes, starts, locations, *rest):
+            return right.forward(value, shapes, starts, locations.half().to(value), *rest)
 
         return right._replace(forward=forward)
 
     broken = accuracy.IMPLEMENTATIONS | {
-        accuracy.KERNEL: type(operator)(operator.tags, load, operator.find)
+        implementation: type(operator)(operator.tags, load, operator.find)
     }
     monkeypatch.setattr(accuracy, "IMPLEMENTATIONS", broken)
-    error = accuracy.measure("seed_b1_q100", "float32", "cpu", accuracy.KERNEL)["error"]["output"]
+    error = accuracy.measure("seed_b1_q100", "float32", "cpu", implementation)["error"]["output"]
     assert error > 100 * torch.finfo(torch.float32).eps

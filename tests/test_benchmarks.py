@@ -119,7 +119,7 @@ def test_fused_gradients_are_all_judged(monkeypatch, dtype, points):
     assert verdict.ok and list(verdict.errors) == [
         "output",
         "grad_value",
-        "grad_sampling_locations",
+        "grad_sampling_offsets",
         "grad_attention_logits",
         "grad_reference_points",
     ]
