@@ -5,7 +5,7 @@ from typing import List, Optional
 import torch
 
 from . import registrations  # noqa: F401
-from ._ops import ops
+from .native import ops
 
 
 def ms_deform_attn(

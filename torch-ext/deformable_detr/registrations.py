@@ -3,7 +3,7 @@
 import torch
 
 from . import reference
-from ._ops import add_op_namespace_prefix, ops
+from .native import add_op_namespace_prefix, ops
 
 # ------------------------------------------------------------------------------------------ fakes
 
