@@ -48,9 +48,10 @@ def ms_deform_attn(
         (batch, queries, heads * channels) in ``value``'s dtype. Sums are float32 for half types.
 
     Raises:
-        RuntimeError: an argument's shape, dtype or device does not fit, the level metadata (if it
-            is on the CPU) does not describe ``value``, or ``points_per_level`` not the locations;
-            the message names the argument, as it does for the next.
+        RuntimeError: an argument is no tensor, or its shape, dtype or device does not fit, the
+            level metadata (if it is on the CPU) does not describe ``value``, or
+            ``points_per_level`` not the locations; the message names the argument, as it does for
+            the next.
         NotImplementedError: a tensor is sparse, nested or quantized.
         ValueError: ``method`` is unknown.
     """
@@ -132,13 +133,18 @@ def _call(op, *args):
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    except NotImplementedError as error:
-        raise _name_the_argument(op, args, error) from error
+    except RuntimeError as error:
+        clearer = _name_the_argument(op, args)
+        if clearer is None:
+            raise
+        raise clearer from error
 
 
-def _name_the_argument(op, args, error: NotImplementedError) -> NotImplementedError:
-    """The dispatcher's refusal of a kind of tensor, with the name of the one it refused."""
+def _name_the_argument(op, args) -> Optional[RuntimeError]:
+    """What the dispatcher does not say of a call that it refused, or passed on without a tensor."""
     for argument, tensor in zip(op.default._schema.arguments, args):
+        if tensor is None and argument.type.kind() == "TensorType":
+            return RuntimeError(f"{argument.name} is None, expected a tensor")
         if not isinstance(tensor, torch.Tensor):
             continue
         if tensor.is_nested:
@@ -152,7 +158,7 @@ def _name_the_argument(op, args, error: NotImplementedError) -> NotImplementedEr
         return NotImplementedError(
             f"{argument.name} {kind}, expected a dense tensor: layout torch.strided, not quantized"
         )
-    return error
+    return None
 
 
 def _is_nearest(method: str) -> bool:
