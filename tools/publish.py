@@ -22,9 +22,8 @@ try:
     from tools import build as builder
 except ModuleNotFoundError:  # run as a script
     import abi
-    import release
-
     import build as builder
+    import release
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError

@@ -25,7 +25,6 @@ try:
     from tools import build as builder
 except ModuleNotFoundError:  # run as a script
     import abi
-
     import build as builder
 
 ROOT = builder.ROOT
