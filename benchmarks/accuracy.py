@@ -28,7 +28,6 @@ from .workloads import CANONICAL, WORKLOADS, draw_sets, select
 DTYPES = ["float32", "float16", "bfloat16", "float64"]
 COMPARED = [*OURS, "grid_sample"]
 RESULTS = ROOT / "benchmarks" / "results"
-PEERS = RESULTS / "h200-2026-11-23-peers-accuracy.json"
 PAGE = ROOT / "docs" / "accuracy.md"
 # The tables' columns, where an implementation has them.
 TENSORS = {
@@ -116,10 +115,10 @@ def records() -> list[dict]:
 
 def page() -> str:
     """The text of docs/accuracy.md."""
-    return "\n".join(_lines(records(), json.loads(PEERS.read_text())))
+    return "\n".join(_lines(records()))
 
 
-def _lines(all_records: list[dict], earlier: dict) -> Iterator[str]:
+def _lines(all_records: list[dict]) -> Iterator[str]:
     yield "# Accuracy\n"
     yield (
         "Errors against float64: the norm of the difference over the norm of the float64 result, "
@@ -143,7 +142,7 @@ def _lines(all_records: list[dict], earlier: dict) -> Iterator[str]:
                 yield ""
     yield "## Peers\n"
     of_peers = [record for record in all_records if record["impl"] in peers.PEERS]
-    yield from _peers(all_records, of_peers) if of_peers else _earlier_peers(all_records, earlier)
+    yield from _peers(all_records, of_peers)
 
 
 def _peers(all_records: list[dict], of_peers: list[dict]) -> Iterator[str]:
@@ -162,7 +161,7 @@ def _peers(all_records: list[dict], of_peers: list[dict]) -> Iterator[str]:
     yield (
         f"{device}, torch {version}, {of_peers[0]['date']}, every query compared. Bold: more than "
         "rounding, by the\ntolerances of `benchmarks/checks.py`. A dash: not offered. "
-        "kernels_community: version 1 of deformable-detr there;\nmsda_triton: rziga's; "
+        "kernels_community: its deformable-detr;\nmsda_triton: rziga's; "
         "dcnv4_flash: flash_deform_attn, which takes the softmax, too.\n"
     )
     for tensor, title in PEER_TENSORS.items():
@@ -194,24 +193,6 @@ def _cell(record: dict | None, tensor: str, dtype: str) -> str:
     text = f"{errors[tensor]:.1e}"
     # Written so that a NaN is bold.
     return text if errors[tensor] <= tolerances[getattr(torch, dtype)] else f"**{text}**"
-
-
-def _earlier_peers(all_records: list[dict], earlier: dict) -> Iterator[str]:
-    """What was measured of their outputs before the suite could reach them."""
-    yield f"{earlier['conditions']} Output, forward:\n"
-    names = earlier["names"]
-    ours = {
-        (r["workload"], r["dtype"]): r["error"]["output"]
-        for r in all_records
-        if r["impl"] == KERNEL and r["device"] == "cuda"
-    }
-    yield f"| workload | dtype | this kernel | {' | '.join(names)} |"
-    yield "|---" * (3 + len(names)) + "|"
-    for workload, dtype, errors in earlier["errors"]:
-        own = ours.get((workload, dtype))
-        cells = [f"{own:.0e}" if own else "-", *(e or "-" for e in errors)]
-        yield f"| {workload} | {dtype} | {' | '.join(cells)} |"
-    yield ""
 
 
 def _table(of_name: list[dict]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from .benchmark import Inputs, Workload, gradients_in_chunks, make_grad_output
+from .benchmark import Inputs, Workload, gradients_in_chunks
 from .implementations import ROOT
 from .operators import Operator, for_points_of
 
@@ -89,18 +89,16 @@ class Expected:
     query, so that grad_value, too, is known.
 
     Args:
-        grad_output: what is timed; drawn, if None.
+        grad_output: what is timed.
     """
 
-    def __init__(self, workload: Workload, inputs: Inputs, grad_output: torch.Tensor | None = None):
-        device, dtype = inputs.value.device, inputs.value.dtype
+    def __init__(self, workload: Workload, inputs: Inputs, grad_output: torch.Tensor):
+        device = inputs.value.device
         count = workload.queries
         if device.type == "cpu":
             count = min(count, max(1, CPU_LIMIT // workload.samples_per_query))
         spread = torch.linspace(0, workload.queries - 1, count, dtype=torch.float64)
         self.queries = spread.round().long().unique().to(device)
-        if grad_output is None:
-            grad_output = make_grad_output(workload, dtype, device)
         self.grad_output = grad_output
         if count == workload.queries:
             self.checked_grad_output = self.grad_output

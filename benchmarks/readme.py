@@ -32,9 +32,7 @@ SUITE = [RESULTS / f"{RUN}-{dtype}.jsonl" for dtype in DTYPES]
 SCALING = RESULTS / f"{RUN}-scaling.jsonl"
 MODELS = RESULTS / f"{RUN}-models.jsonl"
 SEED = RESULTS / f"{RUN}-deformable_detr.jsonl"
-STEPS = (
-    RESULTS / f"{RUN}-fused.json"
-)  # the fused operator beside the steps that it takes the place of
+STEPS = RESULTS / f"{RUN}-fused.json"  # the fused operator beside those it takes the place of
 CPU = RESULTS / "epyc-2-cores-2026-11-25.jsonl"
 CPU_MODELS = RESULTS / "epyc-2-cores-2026-11-25-models.jsonl"
 
