@@ -1,6 +1,5 @@
 """docs/accuracy.md says what was measured, and some of it is measured anew."""
 
-
 import pytest
 import torch
 from cases import TOLERANCES
