@@ -5,9 +5,11 @@ much for that is held to an identity: the output is linear in value, so that
 <grad_value, value> = <grad_output, output>, where grad_value has every point's contribution.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import assert_close, level_tensors
+from cases import FusedInputs, Inputs, assert_close, level_tensors
 
 GIGABYTE = 10**9
 LIMIT = 2**31
@@ -29,56 +31,88 @@ def need(gigabytes):
         pytest.skip(f"{free / GIGABYTE:.0f} GB are free on the GPU, {gigabytes} are needed")
 
 
-def make(batch, queries, heads, channels, shapes, points, dtype=HALF):
-    """Inputs and a grad_output, drawn on the GPU."""
+def make(operator, batch, queries, heads, channels, shapes, points, dtype=HALF, coordinates=2):
+    """An operator's inputs, drawn on the GPU. coordinates: of the reference points, if fused."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def draw(function, *size):
         return function(size, generator=generator, dtype=dtype, device="cuda")
 
-    spatial_shapes, starts = level_tensors(shapes, "cuda")
-    pixels = sum(h * w for h, w in shapes)
-    value = draw(torch.randn, batch, pixels, heads, channels)
-    locations = draw(torch.rand, batch, queries, heads, len(shapes), points, 2)
-    weights = draw(torch.rand, batch, queries, heads, len(shapes), points)
+    value = draw(torch.randn, batch, sum(h * w for h, w in shapes), heads, channels)
+    of_points = (batch, queries, heads, len(shapes), points)
+    if operator == "ms_deform_attn":
+        kind = Inputs
+        points = [draw(torch.rand, *of_points, 2), draw(torch.rand, *of_points)]
+    else:
+        kind = FusedInputs
+        reference = draw(torch.rand, batch, queries, len(shapes), coordinates)
+        points = [reference, draw(torch.randn, *of_points, 2), draw(torch.randn, *of_points)]
     # So that no gradient of a location on a wide map is beyond the largest half.
     grad_output = draw(torch.randn, batch, queries, heads * channels) / 32
-    return [value, spatial_shapes, starts, locations, weights], grad_output
+    return kind(value, *level_tensors(shapes, "cuda"), *points, grad_output)
 
 
-def run(kernel, args, grad_output, deterministic=False):
-    output = kernel.ms_deform_attn(*args)
+def name_of(inputs):
+    return "fused_ms_deform_attn" if isinstance(inputs, FusedInputs) else "ms_deform_attn"
+
+
+def run(kernel, inputs, deterministic=False):
+    """Output and gradients."""
+    inputs.require_grad()
+    output = getattr(kernel, name_of(inputs))(*inputs.args)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        grads = kernel.ms_deform_attn_backward(*args, grad_output, 64)
+        grads = torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output)
     finally:
         torch.use_deterministic_algorithms(False)
-    return [output, *grads]
+    return [output.detach(), *grads]
 
 
-def check_part(kernel, args, grad_output, results, batch, queries, head, whole=False):
+def check_part(kernel, inputs, results, batch, queries, head, whole=False):
     """One batch item's queries and head against float64; whole: these are all queries, so that
-    grad_value is known, too."""
-    value, shapes, starts, locations, weights = args
-    channels = value.shape[3]
-    part = slice(batch, batch + 1)
+    grad_value is known, too. Returns, fused, the head's share of grad_reference_points."""
+    channels = inputs.value.shape[3]
+    item = slice(batch, batch + 1)
 
     def of_head(tensor):
-        return tensor[part, queries].unflatten(2, (-1, channels))[:, :, head]
+        return tensor[item, queries].unflatten(2, (-1, channels))[:, :, head]
 
-    inputs = [
-        value[part, :, head : head + 1].double().requires_grad_(),
-        locations[part, queries, head : head + 1].double().requires_grad_(),
-        weights[part, queries, head : head + 1].double().requires_grad_(),
-    ]
-    expected = kernel.reference.ms_deform_attn(inputs[0], shapes, starts, *inputs[1:])
-    grads = torch.autograd.grad(expected, inputs, of_head(grad_output).double())
-    output, grad_value, grad_locations, grad_weights = results
-    assert_close(of_head(output), expected, "output")
-    assert_close(grad_locations[part, queries, head : head + 1], grads[1], "grad of locations")
-    assert_close(grad_weights[part, queries, head : head + 1], grads[2], "grad of weights")
-    if whole:
-        assert_close(grad_value[part, :, head : head + 1], grads[0], "grad_value")
+    def cut(name, tensor):
+        if name == "grad_value":
+            return tensor[item, :, head : head + 1]
+        if name == "grad_reference_points":
+            return tensor[item, queries]
+        return tensor[item, queries, head : head + 1]
+
+    names = inputs.gradient_names()
+    part = replace(
+        inputs,
+        grad_output=of_head(inputs.grad_output).double(),
+        **{
+            name.removeprefix("grad_"): cut(name, tensor.detach()).double()
+            for name, tensor in zip(names, inputs.differentiable())
+        },
+    ).require_grad()
+    expected = getattr(kernel.reference, name_of(inputs))(*part.args)
+    grads = torch.autograd.grad(expected, part.differentiable(), part.grad_output)
+    assert_close(of_head(results[0]), expected, "output")
+    share = None
+    for name, result, grad in zip(names, results[1:], grads):
+        if name == "grad_reference_points":
+            share = grad
+        elif whole or name != "grad_value":
+            assert_close(cut(name, result), grad, name)
+    return share
+
+
+def check_heads(kernel, inputs, results, batch, queries, whole=False):
+    """All heads of one batch item's queries, as check_part does one, and grad_reference_points."""
+    heads = range(inputs.value.shape[2])
+    shares = [check_part(kernel, inputs, results, batch, queries, head, whole) for head in heads]
+    if isinstance(inputs, FusedInputs):
+        grad_reference = results[1 + inputs.gradient_names().index("grad_reference_points")]
+        grad_reference = grad_reference[batch : batch + 1, queries]
+        assert_close(grad_reference, sum(shares), "grad_reference_points")
 
 
 def inner_product(a, b):
@@ -88,8 +122,9 @@ def inner_product(a, b):
     return sum((a[i : i + step].double() * b[i : i + step].double()).sum().item() for i in starts)
 
 
-def check_identity(args, grad_output, results):
-    ours = inner_product(results[1], args[0])
+def check_identity(inputs, results):
+    value, grad_output = inputs.value.detach(), inputs.grad_output
+    ours = inner_product(results[1], value)
     expected = inner_product(grad_output, results[0])
     # Each of the many numbers is rounded to a half; their errors do not add up.
     scale = (inner_product(results[0], results[0]) * inner_product(grad_output, grad_output)) ** 0.5
@@ -100,26 +135,25 @@ ALL = slice(None)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_value_of_many_batch_items(kernel, deterministic):
+def test_value_of_many_batch_items(kernel, operator, deterministic):
     need(30)
-    args, grad_output = make(1030, 100, 8, 64, ((64, 64),), 4)
-    assert args[0].numel() > LIMIT
-    results = run(kernel, args, grad_output, deterministic)
+    inputs = make(operator, 1030, 100, 8, 64, ((64, 64),), 4)
+    assert inputs.value.numel() > LIMIT
+    results = run(kernel, inputs, deterministic)
     for batch in (0, 511, 1023, 1029):
-        check_part(kernel, args, grad_output, results, batch, ALL, 7, whole=True)
-    check_identity(args, grad_output, results)
+        check_heads(kernel, inputs, results, batch, ALL, whole=True)
+    check_identity(inputs, results)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("channels", [256, 259])
-def test_value_of_one_batch_item(kernel, channels, deterministic):
+def test_value_of_one_batch_item(kernel, operator, channels, deterministic):
     """Also with channels that do not come in vectors."""
     need(50)
-    args, grad_output = make(1, 4000, 8, channels, ((1100, 1000),), 4)
-    assert args[0].numel() > LIMIT
-    results = run(kernel, args, grad_output, deterministic)
-    check_part(kernel, args, grad_output, results, 0, ALL, 0, whole=True)
-    check_part(kernel, args, grad_output, results, 0, ALL, 7, whole=True)
+    inputs = make(operator, 1, 4000, 8, channels, ((1100, 1000),), 4)
+    assert inputs.value.numel() > LIMIT
+    results = run(kernel, inputs, deterministic)
+    check_heads(kernel, inputs, results, 0, ALL, whole=True)
 
 
 def some(queries):
@@ -131,12 +165,37 @@ def some(queries):
 def test_locations(kernel, deterministic):
     need(30)
     queries = 1_100_000 if not deterministic else 1_060_000
-    args, grad_output = make(1, queries, 8, 8, ((200, 160), (100, 80), (50, 40), (25, 20)), 32)
-    assert args[3].numel() > LIMIT
-    results = run(kernel, args, grad_output, deterministic)
+    shapes = ((200, 160), (100, 80), (50, 40), (25, 20))
+    inputs = make("ms_deform_attn", 1, queries, 8, 8, shapes, 32)
+    assert inputs.sampling_locations.numel() > LIMIT
+    results = run(kernel, inputs, deterministic)
     for head in (0, 7):
-        check_part(kernel, args, grad_output, results, 0, some(queries), head)
-    check_identity(args, grad_output, results)
+        check_part(kernel, inputs, results, 0, some(queries), head)
+    check_identity(inputs, results)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_offsets_and_logits(kernel, deterministic):
+    """More than 2^31 logits, so more than 2^32 numbers in the offsets."""
+    need(40)
+    queries = 4_200_000
+    shapes = ((200, 160), (100, 80), (50, 40), (25, 20))
+    inputs = make("fused_ms_deform_attn", 1, queries, 8, 8, shapes, 16)
+    assert inputs.attention_logits.numel() > LIMIT
+    results = run(kernel, inputs, deterministic)
+    check_heads(kernel, inputs, results, 0, some(queries))
+    check_identity(inputs, results)
+
+
+def test_reference_points(kernel):
+    """And their gradient, which is summed up over the heads afterwards."""
+    need(50)
+    queries = 67_200_000
+    inputs = make("fused_ms_deform_attn", 1, queries, 1, 8, ((40, 30),) * 8, 1, coordinates=4)
+    assert inputs.reference_points.numel() > LIMIT
+    results = run(kernel, inputs)
+    check_heads(kernel, inputs, results, 0, some(queries))
+    check_identity(inputs, results)
 
 
 @pytest.mark.parametrize("pixels, gigabytes", [((2200, 1000), 50), ((30, 20), 30)], ids=str)
@@ -144,22 +203,22 @@ def test_output(kernel, pixels, gigabytes):
     """Of many queries, once as many as value has pixels: then value is as large."""
     need(gigabytes)
     queries = 2_200_000
-    args, grad_output = make(1, queries, 8, 128, (pixels,), 1)
-    assert grad_output.numel() > LIMIT
-    assert args[0].numel() > LIMIT or args[0].shape[1] != queries
-    results = run(kernel, args, grad_output)
+    inputs = make("ms_deform_attn", 1, queries, 8, 128, (pixels,), 1)
+    assert inputs.grad_output.numel() > LIMIT
+    assert inputs.value.numel() > LIMIT or inputs.value.shape[1] != queries
+    results = run(kernel, inputs)
     for head in (0, 7):
-        check_part(kernel, args, grad_output, results, 0, some(queries), head)
-    check_identity(args, grad_output, results)
+        check_part(kernel, inputs, results, 0, some(queries), head)
+    check_identity(inputs, results)
 
 
 def test_more_threads_than_2_31(kernel):
     """A warp for each of 2^26 rows and more."""
     need(40)
     queries = 2**26 + 12345
-    args, grad_output = make(1, queries, 1, 1, ((300, 200),), 1, torch.float32)
-    results = run(kernel, args, grad_output)
-    check_part(kernel, args, grad_output, results, 0, ALL, 0)
+    inputs = make("ms_deform_attn", 1, queries, 1, 1, ((300, 200),), 1, torch.float32)
+    results = run(kernel, inputs)
+    check_part(kernel, inputs, results, 0, ALL, 0)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -167,17 +226,18 @@ def test_more_threads_than_2_31(kernel):
 def test_more_than_65535(kernel, batch, heads, deterministic):
     """Batch items and heads, which are grid dimensions."""
     need(10)
-    args, grad_output = make(batch, 20, heads, 8, ((3, 4), (2, 2)), 2, torch.float32)
-    results = run(kernel, args, grad_output, deterministic)
+    shapes = ((3, 4), (2, 2))
+    inputs = make("ms_deform_attn", batch, 20, heads, 8, shapes, 2, torch.float32)
+    results = run(kernel, inputs, deterministic)
     for item in {0, batch // 2, batch - 1}:
         for head in {0, heads // 2, heads - 1}:
-            check_part(kernel, args, grad_output, results, item, ALL, head, whole=True)
-    check_identity(args, grad_output, results)
+            check_part(kernel, inputs, results, item, ALL, head, whole=True)
+    check_identity(inputs, results)
 
 
 def test_more_than_65535_where_queries_are_pixels(kernel):
     need(10)
-    args, grad_output = make(1, 16, 70_000, 8, ((3, 4), (2, 2)), 2, torch.float32)
-    results = run(kernel, args, grad_output)
+    inputs = make("ms_deform_attn", 1, 16, 70_000, 8, ((3, 4), (2, 2)), 2, torch.float32)
+    results = run(kernel, inputs)
     for head in (0, 65_535, 65_536, 69_999):
-        check_part(kernel, args, grad_output, results, 0, ALL, head, whole=True)
+        check_part(kernel, inputs, results, 0, ALL, head, whole=True)
