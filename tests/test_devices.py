@@ -3,11 +3,14 @@
 import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from cases import OPERATORS, SMALL, Case, assert_close
+from cases import OPERATORS, SMALL, Case, assert_close, relative_error
+from test_contract import misaligned
+from test_large import make, need
 
 CASE = Case("devices", ((20, 27), (10, 14)), queries=300, heads=4, channels=32)
 
@@ -219,3 +222,126 @@ def test_out_of_memory_leaves_the_process_usable(kernel, device, operator):
     if device == "cuda":
         gc.collect()
         assert used_memory(device)[0] <= memory + 2**20
+
+
+MEGABYTE = 2**20
+
+
+@contextmanager
+def room(size):
+    """Lets torch take that many bytes more from the GPU, beside what it has in use."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def fill_gaps():
+    """Tensors in the memory that torch has taken and does not use, but for gaps below 2 MB."""
+    tensors, size = [], 16 * MEGABYTE
+    with room(0):
+        while size >= 2 * MEGABYTE:
+            try:
+                tensors.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                size //= 2
+    return tensors
+
+
+def counts():
+    """Of the allocations above 1 MB so far, and of the failures."""
+    stats = torch.cuda.memory_stats()
+    return stats["allocation.large_pool.allocated"], stats["num_ooms"]
+
+
+def fail_at_each_allocation(function, check_process):
+    """Calls function with room for none of its allocations, for one, and so on up to all.
+
+    A call without enough raises and leaves nothing allocated; one with enough returns what it
+    does without a limit. check_process is called after each.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before, (allocated, _) = torch.cuda.memory_reserved(), counts()
+    expected = function()
+    number = counts()[0] - allocated
+    enough = torch.cuda.max_memory_reserved() - before + 32 * MEGABYTE
+
+    def allocations_within(size):
+        memory, (allocated, failures) = torch.cuda.memory_allocated(), counts()
+        with room(size):
+            try:
+                results = function()
+            except RuntimeError:
+                if counts()[1] == failures:
+                    raise  # something else than the memory
+                results = None
+        succeeded = counts()[0] - allocated
+        if results is not None:
+            assert succeeded == number
+            assert all(
+                relative_error(result.detach(), wanted.detach().double()) < 1e-3
+                for result, wanted in zip(results, expected)
+            )
+            results = None
+        assert torch.cuda.memory_allocated() == memory, f"leaked after {succeeded} allocations"
+        check_process()
+        return succeeded
+
+    # Between two sizes, a third, until there is one for each number of allocations.
+    within = {size: allocations_within(size) for size in (0, enough)}
+    gaps = [(0, enough)]
+    while gaps:
+        low, high = gaps.pop()
+        if within[high] - within[low] > 1 and high - low > MEGABYTE:
+            middle = (low + high) // 2
+            within[middle] = allocations_within(middle)
+            gaps += [(low, middle), (middle, high)]
+    assert set(within.values()) == set(range(number + 1))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_out_of_memory_at_each_allocation(kernel, operator, dtype, deterministic):
+    """Copies of the inputs, scratch, sums and results: each in turn, forward and backward."""
+    need(8)
+    small = OPERATORS[operator](SMALL, torch.float32, "cuda").require_grad()
+    small_expected = reference_of(kernel, operator, small)
+    memory = used_memory("cuda")[0]
+
+    def check_process():
+        check(call(kernel, operator, small), small_expected)
+
+    def check_each():
+        # Of such sizes that no allocation fits into what torch has left over of the 20 MB that it
+        # takes for a few, or into what the same call has freed: each needs new memory.
+        inputs = make(operator, 1, 2**20, 4, 8, ((160, 256),) * 8, 1, dtype, coordinates=4)
+        for name, tensor in [*vars(inputs).items()]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                setattr(inputs, name, misaligned(tensor))
+        inputs.require_grad()
+        fillers = fill_gaps()
+
+        def forward():
+            return [getattr(kernel, operator)(*inputs.args)]
+
+        (output,) = forward()
+
+        def backward():
+            tensors = inputs.differentiable()
+            return torch.autograd.grad(output, tensors, inputs.grad_output, retain_graph=True)
+
+        fail_at_each_allocation(forward, check_process)
+        fail_at_each_allocation(backward, check_process)
+        del fillers
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check_each()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.cuda.empty_cache()
+    assert used_memory("cuda")[0] <= memory + MEGABYTE, "a failed call has kept a tensor"
