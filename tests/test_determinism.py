@@ -6,15 +6,18 @@ from cases import CASES, DTYPES, OPERATORS, Case
 from test_operator import check_against_reference
 
 # Many points on few pixels, so that many additions meet in each; and more of them in a level than a
-# GPU's block holds, once in the pixels' order and once in any.
+# GPU's block holds: once in the pixels' order, once in any, and once so many that it looks for them
+# in smaller parts of its pixels, beside levels so thin that a block has more than one share.
 CROWDED = [
     Case("crowded", ((2, 3), (12, 17)), queries=500, heads=4, channels=32),
     Case("crowded_encoder", ((30, 40), (1, 1), (15, 20)), queries=1501, heads=4, channels=32,
          locations="encoder"),
     Case("crowded_any_order", ((30, 40), (2, 3)), queries=2100, heads=3, channels=30,
          points_per_level=(1, 4)),
+    Case("crowded_parts", ((12, 17), (1, 900), (700, 1)), queries=1000, heads=4, channels=32),
 ]  # fmt: skip
-OTHERS = [case for case in CASES if case.name in ("pyramid", "d_fine", "thin_maps", "nearest")]
+_OTHERS = ("pyramid", "d_fine", "thin_maps", "nearest", "many_pixels")
+OTHERS = [case for case in CASES if case.name in _OTHERS]
 RUNS = 20
 
 

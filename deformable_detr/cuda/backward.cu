@@ -8,9 +8,9 @@
 // * directly, by points_kernel, corner by corner;
 // * by scatter_kernel, where queries are pixels: a block takes a square of them, sorts their points
 //   by pixel and adds up what falls on the same one before it adds that to memory;
-// * by gather_kernel: a block owns some pixels, looks for the points near them, and writes each
-//   pixel once. Sums have a fixed order, there is no need to clear grad_value first, and its dtype
-//   is value's. For few queries in a half type, and for all problems if that is asked for.
+// * by gather_kernel: a block owns a rectangle of pixels, looks for the points near it, sorts them,
+//   and writes each pixel once. Sums have a fixed order, there is no need to clear grad_value
+//   first, and its dtype is value's. For few queries, and for all problems if that is asked for.
 #include "deformable_detr/cuda/launch.cuh"
 
 namespace ms_deform_attn::cuda {
@@ -340,8 +340,83 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   }
 }
 
-// ------------------------------------------------------------------------------------ value,
-// gathered
+// ----------------------------------------------------------------------------------- gather: cells
+
+// A point lies in the cell of its north-western corner, the first of which are at -1: of all points
+// that touch a pixel, each lies in one of four cells. Sampled by nearest, a point lies in that of
+// its pixel, and touches no other.
+struct Cell {
+  int32_t row, column;
+};
+constexpr int32_t kNoCell = -2;
+
+template <typename acc>
+__device__ __forceinline__ Cell find_cell(const Place<acc>& at, const Level& level, Method method) {
+  if (method == Method::nearest) {
+    return {at.y.nearest(level.height), at.x.nearest(level.width)};
+  }
+  const bool touches = at.x.touches(level.width) & at.y.touches(level.height);
+  return {touches ? static_cast<int32_t>(at.y.floor) : kNoCell,
+          touches ? static_cast<int32_t>(at.x.floor) : kNoCell};
+}
+
+// Some pixels of a level, and their cells: a row to the north and a column to the west more.
+struct Rectangle {
+  int32_t row, column, height, width;
+
+  __device__ __forceinline__ int32_t pixels() const { return height * width; }
+  __device__ __forceinline__ int32_t cells() const { return (height + 1) * (width + 1); }
+  // The number of a cell, row by row, or kOutside.
+  __device__ __forceinline__ int32_t number(const Cell& cell) const {
+    const int32_t south = cell.row - row + 1, east = cell.column - column + 1;
+    const bool inside = is_inside(south, height + 1) & is_inside(east, width + 1);
+    return inside ? south * (width + 1) + east : kOutside;
+  }
+  // Cuts the longer side in two.
+  __device__ __forceinline__ Rectangle half(bool second) const {
+    Rectangle part = *this;
+    if (height > width) {
+      const int32_t first = ceil_div(height, 2);
+      part.row += second ? first : 0;
+      part.height = second ? height - first : first;
+    } else {
+      const int32_t first = ceil_div(width, 2);
+      part.column += second ? first : 0;
+      part.width = second ? width - first : first;
+    }
+    return part;
+  }
+};
+
+// Whether a point may lie in a cell of a rectangle: seldom yes where it does not, never no where
+// it does. An axis at a time, in pixels.
+template <typename acc>
+struct MayTouch {
+  acc size, middle, extent;
+
+  __device__ __forceinline__ MayTouch(int32_t first, int32_t pixels, int32_t of)
+      : size(static_cast<acc>(of)),
+        middle(static_cast<acc>(first) + acc(0.5) * static_cast<acc>(pixels)),
+        extent(acc(0.5) * static_cast<acc>(pixels) + acc(0.51) + rounding(first + pixels)) {}
+  __device__ __forceinline__ bool operator()(acc location, Method method) const {
+    return is_near(fma(location, size, -middle), 0, method);
+  }
+  // A reference point moved by some pixels.
+  __device__ __forceinline__ bool operator()(acc reference, acc move, Method method) const {
+    const acc from = fma(reference, size, -middle);
+    return is_near(from + move, rounding(fabs(from) + fabs(move)), method);
+  }
+
+ private:
+  __device__ __forceinline__ bool is_near(acc distance, acc error, Method method) const {
+    // Nearest moves points into the map.
+    if (method == Method::nearest) distance = min(max(distance, -middle), size - middle);
+    return fabs(distance) < extent + error;
+  }
+  static __device__ __forceinline__ acc rounding(acc pixels) { return acc(1e-6) * pixels; }
+};
+
+// ---------------------------------------------------------------------------------- gather: slices
 
 // The most points a level has, of all queries of a (batch, head).
 int64_t max_level_points(const Params& p) {
@@ -352,16 +427,138 @@ int64_t max_level_points(const Params& p) {
   return points * p.queries;
 }
 
-// Which pixels some adjacent queries reach in a level: from first to last; none if last < first.
-struct Reach {
-  int32_t first, last;
+constexpr int kGatherThreads = 256;
+constexpr int kGatherWarps = kGatherThreads / 32;
+constexpr int kLookAhead = 4;   // groups of 32 points that a warp looks at together
+constexpr int kMaxFound = 512;  // points a warp finds at a time, at most
+constexpr int kMaxSide = 64;    // of a slice
+constexpr int kFewSlicePixels = 32;
+
+// Divides numbers below 2^31.
+struct Divisor {
+  uint32_t factor, shift;
+
+  Divisor() = default;
+  __device__ __forceinline__ explicit Divisor(int32_t by) {
+    // factor = 2^(31 + shift) / by, rounded up: divided in two steps, as in 64 bits it takes long.
+    shift = by > 1 ? 32 - __clz(by - 1) : 0;
+    const uint32_t high = (1u << 31) / by, left = (1u << 31) % by;
+    const uint64_t rest = uint64_t(left) << shift;
+    const auto rounded_up = [&](auto x) { return static_cast<uint32_t>((x + by - 1) / by); };
+    factor = (high << shift) +
+             (rest < (1u << 31) ? rounded_up(static_cast<uint32_t>(rest)) : rounded_up(rest));
+  }
+  __device__ __forceinline__ int32_t divide(int32_t x) const {
+    return static_cast<int32_t>(__umulhi(2 * static_cast<uint32_t>(x), factor) >> shift);
+  }
+};
+
+// The slices of a level: rectangles, about square, row by row.
+struct Slices {
+  int32_t number, across;  // how many, and how many side by side
+  int32_t height, width;   // of the first
+  int32_t first_point;     // of the level
+  Divisor by_points;
+
+  __device__ __forceinline__ Rectangle at(const Level& level, int32_t index) const {
+    const int32_t down = index / across;
+    const int32_t row = down * height, column = (index - down * across) * width;
+    return {row, column, min(height, level.height - row), min(width, level.width - column)};
+  }
+};
+
+// What suits a problem.
+struct Slicing {
+  int32_t pixels;        // of a slice, at most
+  int32_t fewest;        // slices of a level, where that makes them kFewSlicePixels or more
+  int32_t found;         // points near its pixels that a warp looks for at a time
+  int32_t kept_pixels;   // whose sums fit into shared memory
+  int32_t reach_chunks;  // of each level, or 0: reach_kernel did not run
+
+  __device__ __forceinline__ Slices cut(const Params& p, int32_t index, const Level& level) const {
+    Slices slices{};
+    for (int32_t l = 0; l < index; ++l) slices.first_point += points_of_level(p, l);
+    slices.by_points = Divisor(max(points_of_level(p, index), 1));
+    const int32_t all = level.height * level.width;
+    if (all == 0) return slices;
+    const int32_t most = min(pixels, max(ceil_div(all, fewest), kFewSlicePixels));
+    const auto share = [](int32_t size, int32_t most) {
+      return ceil_div(size, ceil_div(size, most));
+    };
+    const int32_t side = min(static_cast<int32_t>(sqrtf(static_cast<float>(most))), kMaxSide);
+    slices.width = share(level.width, side);
+    slices.height = share(level.height, min(most / slices.width, kMaxSide));
+    slices.across = ceil_div(level.width, slices.width);
+    slices.number = ceil_div(level.height, slices.height) * slices.across;
+    return slices;
+  }
+  // About as many, for all levels.
+  int64_t slices(const Params& p) const {
+    return p.spatial_size / pixels * 5 / 4 + int64_t(p.levels) * fewest + 2;
+  }
+};
+
+// What a block is at: a part of a slice. Slices are halved while there are too many points near.
+struct Part {
+  int32_t level;  // p.levels: no more slices
+  Rectangle slice, pixels;
+  int32_t depth, number;  // of 2^depth parts
+  uint32_t width_factor;
+
+  // The last levels, which are the coarse ones in most models, come first: their pixels have the
+  // most points.
+  template <typename LevelType>
+  __device__ __forceinline__ void start(const Params& p, const LevelType* levels,
+                                        const Slices* slices, int32_t index) {
+    for (level = p.levels - 1; level >= 0 && index >= slices[level].number; --level) {
+      index -= slices[level].number;
+    }
+    if (level < 0) {
+      level = p.levels;
+      return;
+    }
+    slice = slices[level].at(levels[level], index);
+    depth = number = 0;
+    cut();
+  }
+  __device__ __forceinline__ void halve() {
+    ++depth;
+    number *= 2;
+    cut();
+  }
+  // False after the last part.
+  __device__ __forceinline__ bool next() {
+    for (++number; depth > 0 && number % 2 == 0; --depth) number /= 2;
+    if (depth > 0) cut();
+    return depth > 0;
+  }
+  // In which row a pixel is: exact for sides up to kMaxSide and pixels up to 2^16 / kMaxSide.
+  __device__ __forceinline__ int32_t row_of(int32_t pixel) const {
+    return static_cast<int32_t>(pixel * width_factor >> 16);
+  }
+
+ private:
+  __device__ __forceinline__ void cut() {
+    pixels = slice;
+    for (int32_t d = depth - 1; d >= 0; --d) pixels = pixels.half(number >> d & 1);
+    width_factor = ((1u << 16) + pixels.width - 1) / pixels.width;
+  }
+};
+
+// ----------------------------------------------------------------------------------- gather: reach
+
+// Which cells some adjacent queries reach in a level, from first to last; none if last < first.
+struct alignas(16) Reach {
+  Cell first, last;
+
+  __device__ __forceinline__ bool touches(const Rectangle& x) const {
+    return last.row >= x.row - 1 && first.row < x.row + x.height && last.column >= x.column - 1 &&
+           first.column < x.column + x.width;
+  }
 };
 
 constexpr int kReachQueries = 128;
 constexpr int kReachThreads = 256;
-constexpr int kGatherThreads = 256;
-constexpr int kGatherWarps = kGatherThreads / 32;
-constexpr int kMaxFound = 512;  // points a warp finds at a time, where that is all there are
 
 int32_t reach_chunks(const Params& p) {
   return static_cast<int32_t>(ceil_div<int64_t>(p.queries, kReachQueries));
@@ -369,17 +566,22 @@ int32_t reach_chunks(const Params& p) {
 int64_t reach_bytes(const Params& p) {
   return p.batch * p.heads * p.levels * reach_chunks(p) * sizeof(Reach);
 }
-// Where there are more points than a block holds at once.
+// Where there are many more points than a block holds at once.
 bool has_reaches(const Params& p) { return max_level_points(p) > kMaxFound * kGatherWarps; }
 
 // [batch, heads, levels, chunks], in scratch behind the softmaxes.
+int64_t reach_offset(const BackwardParams& p) {
+  return ceil_div<int64_t>(softmax_bytes(p), 16) * 16;
+}
+
 template <typename scalar_t, Source kSource>
 __device__ __forceinline__ Reach* reach_table(const BackwardParams& p) {
-  char* scratch = static_cast<char*>(p.scratch);
+  int64_t offset = 0;
   if (kIsFused<kSource>) {
-    scratch += p.batch * p.queries * p.heads * sizeof(Softmax<acc_t<scalar_t>>);
+    offset = p.batch * p.queries * p.heads * sizeof(Softmax<acc_t<scalar_t>>);
+    offset = ceil_div<int64_t>(offset, sizeof(Reach)) * sizeof(Reach);
   }
-  return reinterpret_cast<Reach*>(scratch);
+  return reinterpret_cast<Reach*>(static_cast<char*>(p.scratch) + offset);
 }
 
 // Each warp serves kReachQueries queries of a (batch, head, level).
@@ -402,88 +604,74 @@ __global__ void __launch_bounds__(kReachThreads)
   const int64_t first_query = chunk * kReachQueries;
   const int32_t queries =
       static_cast<int32_t>(min(int64_t(kReachQueries), p.queries - first_query));
-  int32_t first = INT32_MAX, last = -1;
+  Reach reach{{INT32_MAX, INT32_MAX}, {kNoCell, kNoCell}};
   for (int32_t i = lane; i < queries * level_points; i += 32) {
     const int32_t query = i / level_points;
     const int64_t query_row = batch * p.queries + first_query + query;
     PointReader<scalar_t, kSource> point;
     point.start(p, query_row * p.heads + head, query_row, first_point + i - query * level_points);
     point.read_location(p);
-    const Corners<acc_t<scalar_t>> corners = place(p, point, level_index, level);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (corners.pixel[j] == kOutside) continue;
-      first = min(first, corners.pixel[j]);
-      last = max(last, corners.pixel[j]);
-    }
+    const Cell cell = find_cell(locate(p, point, level_index, level), level, p.method);
+    if (cell.row == kNoCell) continue;
+    reach.first = {min(reach.first.row, cell.row), min(reach.first.column, cell.column)};
+    reach.last = {max(reach.last.row, cell.row), max(reach.last.column, cell.column)};
   }
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
-    first = min(first, __shfl_xor_sync(0xffffffff, first, offset));
-    last = max(last, __shfl_xor_sync(0xffffffff, last, offset));
+    const auto other = [&](int32_t x) { return __shfl_xor_sync(0xffffffff, x, offset); };
+    reach.first.row = min(reach.first.row, other(reach.first.row));
+    reach.first.column = min(reach.first.column, other(reach.first.column));
+    reach.last.row = max(reach.last.row, other(reach.last.row));
+    reach.last.column = max(reach.last.column, other(reach.last.column));
   }
   if (lane == 0) {
     const int64_t row = (batch * p.heads + head) * p.levels + level_index;
-    reach_table<scalar_t, kSource>(p)[row * chunks + chunk] = {first, last};
+    reach_table<scalar_t, kSource>(p)[row * chunks + chunk] = reach;
   }
 }
 
-constexpr int kFewSlicePixels = 32;
+// ---------------------------------------------------------------------------------- gather: kernel
 
-// What suits a problem.
-struct Slicing {
-  int32_t pixels;        // that a block owns, at most; even
-  int32_t fewest;        // slices of a level, where that makes them kFewSlicePixels or more
-  int32_t found;         // points near them that a warp looks for at a time, a multiple of 32
-  bool keep_sums;        // in shared memory, as there may be more points than that
-  int32_t reach_chunks;  // of each level, or 0: reach_kernel did not run
-
-  // Of a slice of this level.
-  __device__ __forceinline__ int32_t pixels_of(const Level& level) const {
-    const int32_t share = (ceil_div(level.height * level.width, fewest) + 1) / 2 * 2;
-    return min(pixels, max(share, kFewSlicePixels));
-  }
-  __device__ __forceinline__ int32_t slices_of(const Level& level) const {
-    return ceil_div(level.height * level.width, pixels_of(level));
-  }
-  // At most, unless levels overlap; and one for the pixels of no slice.
-  int64_t slices(const Params& p) const {
-    return p.spatial_size / pixels + int64_t(p.levels) * fewest + 1;
-  }
-};
-
-// Shared memory of a block, in this order.
+// Shared memory of a block, in this order. A point found is known by its slot.
 template <typename acc, typename LevelType>
 struct GatherMemory {
-  acc* sums;    // [pixels, or a team][row]
-  acc* shares;  // [pair], pixel after pixel: of a point's corner, times its weight
+  PerCorner<acc>* shares;  // [slot], times the point's weight
+  acc* sums;               // [pixel][row], of kept_pixels or one a team
   LevelType* levels;
-  int32_t* queries;  // [pair], where the row of the point's query is
-  int32_t* starts;   // [pixels + 1], of a pixel's pairs
-  int32_t* found;    // [warp][found], points
-  uint16_t* places;  // [warp][pixels], where the warp's next pair of a pixel goes
+  Slices* slices;    // [level]
+  int32_t* queries;  // [slot], where the row of the point's query is
+  int32_t* found;    // [slot], number in the level, then cell
+  uint16_t* starts;  // [cell], of a cell's points in `order`; and where the last one's end
+  uint16_t* places;  // [warp][cell], where the warp's next point of a cell goes
+  uint16_t* order;   // slots, sorted by cell
 
-  static __host__ __device__ int sum_rows(const Slicing& slicing, int teams) {
-    return slicing.keep_sums && slicing.pixels > teams ? slicing.pixels : teams;
+  static __host__ __device__ int slots(const Slicing& slicing) {
+    return kGatherWarps * slicing.found;
   }
-  static __host__ __device__ int pairs(const Slicing& slicing) {
-    return 4 * kGatherWarps * slicing.found;
+  static __host__ __device__ int sum_rows(const Slicing& slicing, int teams) {
+    return slicing.kept_pixels > teams ? slicing.kept_pixels : teams;
+  }
+  // An even number, at least.
+  static __host__ __device__ int cells(const Slicing& slicing) {
+    return (slicing.pixels + 2 * kMaxSide + 3) / 2 * 2;
   }
   static int64_t bytes(const Slicing& slicing, int teams, int row, int32_t levels) {
-    return (int64_t(sum_rows(slicing, teams)) * row + pairs(slicing)) * sizeof(acc) +
-           levels * sizeof(LevelType) +
-           (int64_t(pairs(slicing)) + slicing.pixels + 4 + kGatherWarps * slicing.found) *
-               sizeof(int32_t) +
-           int64_t(kGatherWarps) * slicing.pixels * sizeof(uint16_t);
+    return int64_t(slots(slicing)) *
+               (sizeof(PerCorner<acc>) + 2 * sizeof(int32_t) + sizeof(uint16_t)) +
+           int64_t(sum_rows(slicing, teams)) * row * sizeof(acc) +
+           levels * (sizeof(LevelType) + sizeof(Slices)) +
+           int64_t((1 + kGatherWarps) * cells(slicing) + 2) * sizeof(uint16_t);
   }
   __device__ GatherMemory(char* memory, const Slicing& slicing, int teams, int row, int32_t n) {
-    sums = reinterpret_cast<acc*>(memory);
-    shares = sums + sum_rows(slicing, teams) * row;
-    levels = reinterpret_cast<LevelType*>(shares + pairs(slicing));
-    queries = reinterpret_cast<int32_t*>(levels + n);
-    starts = queries + pairs(slicing);
-    found = starts + slicing.pixels + 4;
-    places = reinterpret_cast<uint16_t*>(found + kGatherWarps * slicing.found);
+    shares = reinterpret_cast<PerCorner<acc>*>(memory);
+    sums = reinterpret_cast<acc*>(shares + slots(slicing));
+    levels = reinterpret_cast<LevelType*>(sums + sum_rows(slicing, teams) * row);
+    slices = reinterpret_cast<Slices*>(levels + n);
+    queries = reinterpret_cast<int32_t*>(slices + n);
+    found = queries + slots(slicing);
+    starts = reinterpret_cast<uint16_t*>(found + slots(slicing));
+    places = starts + cells(slicing) + 2;
+    order = places + kGatherWarps * cells(slicing);
   }
 };
 
@@ -512,20 +700,25 @@ __device__ __forceinline__ int32_t sum_before(int32_t x, int32_t& all) {
 }
 
 template <typename scalar_t, Source kSource, int kVec, int kLanes>
-__global__ void __launch_bounds__(kGatherThreads, 4)
+__global__ void __launch_bounds__(kGatherThreads, 3)
     gather_kernel(const __grid_constant__ BackwardParams p, const Slicing slicing) {
   using acc = acc_t<scalar_t>;
   using Row = Vec<scalar_t, kVec>;
   using Rows = cuda::Rows<scalar_t, kVec>;
+  using Point = PointReader<scalar_t, kSource>;
   constexpr int kRow = kLanes * kVec;  // channels
   constexpr int kTeams = kGatherThreads / kLanes;
   extern __shared__ __align__(16) char memory[];
+  __shared__ Part part;
   const GatherMemory<acc, LevelOf<scalar_t, kSource>> shared(memory, slicing, kTeams, kRow,
                                                              p.levels);
   if (kIsFused<kSource>) wait_for_previous_kernel();
   LevelLoader<LevelOf<scalar_t, kSource>> level_loader;
   level_loader.load(p);
   level_loader.store(p, shared.levels);
+  for (int32_t l = threadIdx.x; l < p.levels; l += kGatherThreads) {
+    shared.slices[l] = slicing.cut(p, l, shared.levels[l]);
+  }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = threadIdx.x / kLanes;
   const int32_t parts = ceil_div(p.channels, kRow);
@@ -540,269 +733,299 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
       settled(static_cast<const scalar_t*>(p.grad_output) +
               (batch * p.queries * p.heads + head) * p.channels + channel);
 
-  // The first block clears what is in no slice: nothing, if the levels lie side by side.
-  const int32_t all_slices = gridDim.x / rows - 1;
+  // The first block clears the pixels of no level: none, if the levels lie side by side.
   if (blockIdx.x < rows) {
-    // body(level, number of its pixels that are in slices). Levels that overlap may lack slices.
-    const auto for_levels = [&](auto&& body) {
-      int32_t left = all_slices;
-      for (int32_t l = 0; l < p.levels; ++l) {
-        const auto& level = shared.levels[l];
-        const int32_t slices = min(left, slicing.slices_of(level));
-        body(level, min(level.height * level.width, slices * slicing.pixels_of(level)));
-        left -= slices;
-      }
-    };
     int32_t covered = 0;
-    for_levels([&](const Level& level, int32_t pixels) {
-      if (level.start == covered) covered += pixels;
-    });
-    if (covered != p.spatial_size) {
-      for (int32_t pixel = team; pixel < p.spatial_size; pixel += kTeams) {
-        bool in_a_slice = false;
-        for_levels([&](const Level& level, int32_t pixels) {
-          in_a_slice |= is_inside(pixel - level.start, pixels);
-        });
-        if (!in_a_slice && has_channel) {
-          Row{}.store(Rows::at(p, grad_value, Rows::offset(p, pixel)));
-        }
+    for (int32_t l = 0; l < p.levels; ++l) {
+      const Level& level = shared.levels[l];
+      if (level.start == covered) covered += level.height * level.width;
+    }
+    for (int32_t pixel = team; covered != p.spatial_size && pixel < p.spatial_size;
+         pixel += kTeams) {
+      bool in_a_level = false;
+      for (int32_t l = 0; l < p.levels; ++l) {
+        const Level& level = shared.levels[l];
+        in_a_level |= is_inside(pixel - level.start, level.height * level.width);
+      }
+      if (!in_a_level && has_channel) {
+        Row{}.store(Rows::at(p, grad_value, Rows::offset(p, pixel)));
       }
     }
-    return wait_for_previous_kernel();
   }
-  // The others have a slice each: pixels [begin, end) of value. The last levels, which are the
-  // coarse ones in most models, come first: their pixels have the most points.
-  int32_t slice = all_slices - blockIdx.x / rows, own = 0;
-  for (; own < p.levels; ++own) {
-    const int32_t slices = slicing.slices_of(shared.levels[own]);
-    if (slice < slices) break;
-    slice -= slices;
-  }
-  if (own == p.levels) return wait_for_previous_kernel();
-  const LevelOf<scalar_t, kSource>& level = shared.levels[own];
-  const int32_t slice_pixels = slicing.pixels_of(level);
-  const int32_t begin = level.start + slice * slice_pixels;
-  const int32_t end = min(begin + slice_pixels, level.start + level.height * level.width);
-  const int32_t pixels = end - begin;
 
-  // Each team adds up some pixels. Where pixels are few, `copies` teams share one.
-  const int copies = max(1, min(kTeams / pixels, 32));
-  if (copies > 1 || slicing.keep_sums) {
-    for (int i = threadIdx.x; i < copies * pixels * kRow; i += kGatherThreads) shared.sums[i] = 0;
-  }
-  uint16_t* places = shared.places + warp * slicing.pixels;
+  uint16_t* places = shared.places + warp * GatherMemory<acc, Level>::cells(slicing);
   int32_t* found = shared.found + warp * slicing.found;
+  int32_t slice = blockIdx.x / rows;
+  __syncthreads();
+  if (threadIdx.x == 0) part.start(p, shared.levels, shared.slices, slice);
+  __syncthreads();
+  while (part.level < p.levels) {
+    const int32_t own = part.level;
+    const LevelOf<scalar_t, kSource>& level = shared.levels[own];
+    const Rectangle own_pixels = part.pixels;
+    const int32_t pixels = own_pixels.pixels(), cells = own_pixels.cells();
+    const int32_t level_points = points_of_level(p, own);
+    const int32_t total = static_cast<int32_t>(p.queries * level_points);
+    Point first_point;
+    first_point.start(p, batch * p.queries * p.heads + head, batch * p.queries,
+                      shared.slices[own].first_point);
+    const Divisor by_points = shared.slices[own].by_points;
+    const auto find_point = [&](int32_t number, Point& point) {
+      const int32_t query = by_points.divide(number);
+      point = first_point;
+      point.skip_queries(p, query);
+      point.skip(p, number - query * level_points);
+      return query;
+    };
 
-  int32_t first_point = 0;
-  for (int32_t l = 0; l < own; ++l) first_point += points_of_level(p, l);
-  const int32_t level_points = points_of_level(p, own);
-  const int32_t total = static_cast<int32_t>(p.queries * level_points);
-  const auto start = [&](int32_t point, PointReader<scalar_t, kSource>& reader) {
-    const int32_t query = point / level_points;
-    const int64_t row = (batch * p.queries + query) * p.heads + head;
-    reader.start(p, row, batch * p.queries + query, first_point + point - query * level_points);
-    return query;
-  };
-
-  // The warps take chunks of the level's points in turn: 32 points, or where it is known which
-  // pixels they reach, as many as that is known of.
-  const Reach* reaches =
-      slicing.reach_chunks > 0
-          ? reach_table<scalar_t, kSource>(p) +
-                ((batch * p.heads + head) * p.levels + own) * slicing.reach_chunks
-          : nullptr;
-  const int32_t chunk_points = reaches ? kReachQueries * level_points : 32;
-  const int32_t chunks = ceil_div(total, chunk_points);
-  int32_t chunk = warp, in_chunk = 0;  // where this warp goes on
-
-  bool direct = false, more;
-  do {
-    // Each warp notes which of its points touch the slice.
-    int near = 0;
-    while (chunk < chunks && near + 32 <= slicing.found) {
-      if (reaches && in_chunk == 0) {
-        const int32_t of_lane = chunk + lane * kGatherWarps;
-        bool reach = false;
-        if (of_lane < chunks) {
-          const Reach r = reaches[of_lane];
-          reach = r.first < end && r.last >= begin;
-        }
-        const unsigned reaching = __ballot_sync(0xffffffff, reach);
-        chunk += kGatherWarps * (reaching ? __ffs(reaching) - 1 : 32);
-        if (!reaching) continue;
-      }
-      const int32_t number = chunk * chunk_points + in_chunk + lane;
-      bool touches = false;
-      if (number < total) {
-        PointReader<scalar_t, kSource> point;
-        start(number, point);
-        point.read_location(p);
-        const Corners<acc> corners = place(p, point, own, level);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) touches |= is_inside(corners.pixel[j] - begin, pixels);
-      }
-      const unsigned touching = __ballot_sync(0xffffffff, touches);
-      if (touches) found[near + __popc(touching & ((1u << lane) - 1))] = number;
-      near += __popc(touching);
-      in_chunk += 32;
-      if (in_chunk == chunk_points) {
-        in_chunk = 0;
-        chunk += kGatherWarps;
-      }
-    }
-    more = __syncthreads_or(chunk < chunks);
-    direct = copies == 1 && !slicing.keep_sums;
-
-    // body(query, weight, corners) for these points, in a fixed order.
-    const auto for_points = [&](auto&& body) {
-      for (int32_t i = 0; i < near; i += 32) {
-        Corners<acc> corners;
-        int32_t query = 0;
-        acc weight = 0;
-        if (i + lane < near) {
-          PointReader<scalar_t, kSource> point;
-          query = start(found[i + lane], point);
-          point.read(p);
-          Softmax<acc> softmax;
-          if constexpr (kIsFused<kSource>) {
-            softmax = softmaxes<scalar_t>(p)[(batch * p.queries + query) * p.heads + head];
-          }
-          weight = find_weight(p, point, softmax);
-          corners = place(p, point, own, level);
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          corners.pixel[j] -= begin;
-          if (!is_inside(corners.pixel[j], pixels)) corners.pixel[j] = kOutside;
-        }
-        body(query, weight, corners);
+    // Each warp looks at groups of 32 points: every kGatherWarps-th one, or where it is known what
+    // kReachQueries queries reach, all of those.
+    const Reach* reaches =
+        slicing.reach_chunks > 0
+            ? reach_table<scalar_t, kSource>(p) +
+                  ((batch * p.heads + head) * p.levels + own) * slicing.reach_chunks
+            : nullptr;
+    const int32_t step = reaches ? 32 : kGatherThreads;
+    int32_t chunk = reaches ? warp : slicing.reach_chunks;  // of queries, the next one
+    int32_t next = reaches ? 0 : warp * 32, end = reaches ? 0 : total;
+    const MayTouch<acc> may_touch_x(own_pixels.column, own_pixels.width, level.width);
+    const MayTouch<acc> may_touch_y(own_pixels.row, own_pixels.height, level.height);
+    const auto may_touch = [&](const Point& point) {
+      const Location<acc> location = point.location(p);
+      if constexpr (!kIsFused<kSource>) {
+        return may_touch_x(location.x, p.method) & may_touch_y(location.y, p.method);
+      } else {
+        const Reference<acc> reference = point.reference(p, own);
+        const bool box = p.reference_coordinates == 4;
+        const acc x = box ? reference.width * level.units.x.rounded : 1;
+        const acc y = box ? reference.height * level.units.y.rounded : 1;
+        return may_touch_x(reference.x, location.x * x, p.method) &
+               may_touch_y(reference.y, location.y * y, p.method);
       }
     };
 
-    for (int i = lane; i < pixels; i += 32) places[i] = 0;
-    __syncwarp();
-    for_points([&](int32_t, acc, const Corners<acc>& corners) {
+    const auto store = [&](int32_t pixel, const acc(&sum)[kVec]) {
+      const int32_t row = part.row_of(pixel), column = pixel - row * own_pixels.width;
+      const int32_t in_value =
+          level.start + (own_pixels.row + row) * level.width + own_pixels.column + column;
+      if (has_channel) Row::pack(sum).store(Rows::at(p, grad_value, Rows::offset(p, in_value)));
+    };
+
+    // Where pixels are few, `copies` teams share one.
+    const int copies = max(1, min(kTeams / pixels, 32));
+    bool more, too_many, direct;
+    for (bool first_round = true;; first_round = false) {
+      // Each warp notes which of its points may be near, as many as there is room for.
+      int near = 0;
+      for (bool full = false; !full;) {
+        if (next >= end) {
+          bool reach = false;
+          const int32_t of_lane = chunk + lane * kGatherWarps;
+          if (of_lane < slicing.reach_chunks) reach = reaches[of_lane].touches(own_pixels);
+          const unsigned reaching = __ballot_sync(0xffffffff, reach);
+          chunk += kGatherWarps * (reaching ? __ffs(reaching) - 1 : 32);
+          if (chunk >= slicing.reach_chunks) break;
+          if (!reaching) continue;
+          next = chunk * (kReachQueries * level_points);
+          end = min(next + kReachQueries * level_points, total);
+          chunk += kGatherWarps;
+        }
+        const int32_t number = next + lane;
+        Point point[kLookAhead];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (corners.pixel[j] == kOutside) continue;
+        for (int i = 0; i < kLookAhead; ++i) {
+          if (number + i * step < end) {
+            find_point(number + i * step, point[i]);
+            point[i].read_location(p);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kLookAhead; ++i) {
+          const bool touches = number + i * step < end && may_touch(point[i]);
+          const unsigned touching = __ballot_sync(0xffffffff, touches);
+          full |= near + __popc(touching) > slicing.found;
+          if (full) continue;
+          if (touches) found[near + __popc(touching & ((1u << lane) - 1))] = number + i * step;
+          near += __popc(touching);
+          next += step;
+        }
+      }
+      more = __syncthreads_or(next < end || chunk < slicing.reach_chunks);
+      too_many = first_round && more && pixels > slicing.kept_pixels;
+      if (too_many) break;
+      direct = first_round && !more && copies == 1;
+
+      // What they give to their corners, and how many lie in each cell.
+      int32_t* counters = reinterpret_cast<int32_t*>(places);
+      for (int32_t i = lane; i < (cells + 1) / 2; i += 32) counters[i] = 0;
+      __syncwarp();
+      for (int32_t i = lane; i < near; i += 32) {
+        Point point;
+        const int32_t query = find_point(found[i], point);
+        point.read(p);
+        Softmax<acc> softmax;
+        if constexpr (kIsFused<kSource>) {
+          softmax = softmaxes<scalar_t>(p)[(batch * p.queries + query) * p.heads + head];
+        }
+        const Place<acc> at = locate(p, point, own, level);
+        const int32_t cell = own_pixels.number(find_cell(at, level, p.method));
+        found[i] = cell;
+        if (cell == kOutside) continue;
         // Two 16-bit counters share a word; neither overflows.
-        atomicAdd(reinterpret_cast<int32_t*>(places) + corners.pixel[j] / 2,
-                  corners.pixel[j] & 1 ? 1 << 16 : 1);
+        atomicAdd(counters + cell / 2, cell & 1 ? 1 << 16 : 1);
+        const acc weight = find_weight(p, point, softmax);
+        const acc right = at.x.fraction, down = at.y.fraction;
+        const int slot = warp * slicing.found + i;
+        shared.shares[slot] =
+            p.method == Method::nearest
+                ? PerCorner<acc>{weight, 0, 0, 0}
+                : PerCorner<acc>{weight * ((1 - right) * (1 - down)), weight * (right * (1 - down)),
+                                 weight * ((1 - right) * down), weight * (right * down)};
+        shared.queries[slot] = Rows::offset(p, query);
       }
-    });
-    __syncthreads();
+      __syncthreads();
 
-    // Where each warp's pairs of each pixel go: pixel after pixel, warp after warp.
-    const int32_t per_thread = ceil_div(pixels, kGatherThreads);
-    const int32_t first_pixel = min(static_cast<int32_t>(threadIdx.x) * per_thread, pixels);
-    const int32_t last_pixel = min(first_pixel + per_thread, pixels);
-    int32_t count = 0;
-    for (int32_t pixel = first_pixel; pixel < last_pixel; ++pixel) {
+      // Where each warp's points of each cell go: cell after cell, warp after warp. Two at a time.
+      const int32_t words = (cells + 1) / 2;
+      const int32_t per_thread = ceil_div(words, kGatherThreads);
+      const int32_t first_word = min(static_cast<int32_t>(threadIdx.x) * per_thread, words);
+      const int32_t last_word = min(first_word + per_thread, words);
+      const int32_t pitch = GatherMemory<acc, Level>::cells(slicing) / 2;
+      uint32_t* counts = reinterpret_cast<uint32_t*>(shared.places);
+      const auto count_word = [&](int32_t word) {
+        uint32_t count = 0;
 #pragma unroll
-      for (int w = 0; w < kGatherWarps; ++w) count += shared.places[w * slicing.pixels + pixel];
-    }
-    int32_t all;
-    int32_t place_next = sum_before<kGatherWarps>(count, all);
-    for (int32_t pixel = first_pixel; pixel < last_pixel; ++pixel) {
-      shared.starts[pixel] = place_next;
-#pragma unroll
-      for (int w = 0; w < kGatherWarps; ++w) {
-        const int32_t n = shared.places[w * slicing.pixels + pixel];
-        shared.places[w * slicing.pixels + pixel] = static_cast<uint16_t>(place_next);
-        place_next += n;
+        for (int w = 0; w < kGatherWarps; ++w) count += counts[w * pitch + word];
+        return count;
+      };
+      int32_t count = 0;
+      for (int32_t word = first_word; word < last_word; ++word) {
+        const uint32_t both = count_word(word);
+        count += (both & 0xffff) + (both >> 16);
       }
-    }
-    if (threadIdx.x == 0) shared.starts[pixels] = all;
-    const bool dense = all >= 2 * pixels;
-    __syncthreads();
-
-    for_points([&](int32_t query, acc weight, const Corners<acc>& corners) {
+      int32_t all;
+      uint32_t start = sum_before<kGatherWarps>(count, all);
+      for (int32_t word = first_word; word < last_word; ++word) {
+        const uint32_t both = count_word(word);
+        uint32_t at = start | (start + (both & 0xffff)) << 16;
+        reinterpret_cast<uint32_t*>(shared.starts)[word] = at;
+        start += (both & 0xffff) + (both >> 16);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int32_t pixel = corners.pixel[j];
-        const unsigned peers = __match_any_sync(0xffffffff, pixel);
+        for (int w = 0; w < kGatherWarps; ++w) {
+          const uint32_t n = counts[w * pitch + word];
+          counts[w * pitch + word] = at;
+          at += n;
+        }
+      }
+      if (threadIdx.x == 0) shared.starts[2 * words] = static_cast<uint16_t>(all);
+      __syncthreads();
+      for (int32_t i = lane; i - lane < near; i += 32) {
+        const int32_t cell = i < near ? found[i] : kOutside;
+        const unsigned peers = __match_any_sync(0xffffffff, cell);
         const int rank = __popc(peers & ((1u << lane) - 1));
         int32_t at = 0;
-        if (pixel != kOutside) at = places[pixel] + rank;
+        if (cell != kOutside) at = places[cell] + rank;
         __syncwarp();
-        if (pixel != kOutside) {
-          if (rank == 0) places[pixel] = static_cast<uint16_t>(at + __popc(peers));
-          shared.shares[at] = weight * corners.share(j);
-          shared.queries[at] = Rows::offset(p, query);
+        if (cell != kOutside) {
+          if (rank == 0) places[cell] = static_cast<uint16_t>(at + __popc(peers));
+          shared.order[at] = static_cast<uint16_t>(warp * slicing.found + i);
         }
         __syncwarp();
       }
-    });
-    __syncthreads();
+      __syncthreads();
 
-    // Each team adds up its pixels.
-    const auto add = [&](int32_t at, int32_t last, int32_t step, acc(&sum)[kVec]) {
-      const auto add_rows = [&](auto at_once) {
-        constexpr int kAtOnce = at_once.value;  // rows loaded before they are used
-        for (; at < last; at += kAtOnce * step) {
-          Row rows[kAtOnce];
-          acc share[kAtOnce];
+      // Each team adds up its pixels.
+      const bool bilinear = p.method == Method::bilinear;
+      const auto add = [&](int32_t pixel, int first, int stride, acc(&sum)[kVec]) {
+        const uint16_t* north = shared.starts + pixel + part.row_of(pixel);
+        const uint16_t* south = north + own_pixels.width + 1;
+        // The points of the two cells to the north, then those of the two to the south; to the
+        // east from the middle on.
+        const int32_t north_begin = north[0], north_middle = north[1];
+        const int32_t south_middle = south[1], south_begin = bilinear ? south[0] : south_middle;
+        const int32_t to_north = bilinear ? north[2] - north_begin : 0;
+        const int32_t of_pixel = to_north + south[2] - south_begin;
+        const auto add_rows = [&](auto at_once) {
+          constexpr int kAtOnce = at_once.value;  // rows loaded before they are used
+          for (int32_t i = first; i < of_pixel; i += kAtOnce * stride) {
+            Row rows[kAtOnce];
+            acc share[kAtOnce];
 #pragma unroll
-          for (int k = 0; k < kAtOnce; ++k) {
-            const int32_t at_k = at + k * step;
-            share[k] = at_k < last ? shared.shares[at_k] : acc(0);
-            if (at_k < last && has_channel) {
-              rows[k] = Row::load(Rows::at(p, grad_output, shared.queries[at_k]));
+            for (int k = 0; k < kAtOnce; ++k) {
+              const int32_t number = i + k * stride;
+              share[k] = 0;
+              if (number < of_pixel) {
+                const bool is_north = number < to_north;
+                const int32_t at = number + (is_north ? north_begin : south_begin - to_north);
+                const bool is_west = at < (is_north ? north_middle : south_middle);
+                const int slot = shared.order[at];
+                share[k] = shared.shares[slot].corner[(is_north ? 2 : 0) + (is_west ? 1 : 0)];
+                if (has_channel) {
+                  rows[k] = Row::load(Rows::at(p, grad_output, shared.queries[slot]));
+                }
+              }
+            }
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+              acc x[kVec];
+              rows[k].unpack(x);
+#pragma unroll
+              for (int c = 0; c < kVec; ++c) sum[c] += share[k] * x[c];
             }
           }
-#pragma unroll
-          for (int k = 0; k < kAtOnce; ++k) {
-            acc x[kVec];
-            rows[k].unpack(x);
-#pragma unroll
-            for (int c = 0; c < kVec; ++c) sum[c] += share[k] * x[c];
-          }
+        };
+        if (2 * all >= pixels) {
+          add_rows(std::integral_constant<int, 4>{});
+        } else {
+          add_rows(std::integral_constant<int, 1>{});
         }
       };
-      if (dense) {
-        add_rows(std::integral_constant<int, 4>{});
+      if (direct) {
+        for (int32_t pixel = team; pixel < pixels; pixel += kTeams) {
+          acc sum[kVec] = {};
+          add(pixel, 0, 1, sum);
+          store(pixel, sum);
+        }
       } else {
-        add_rows(std::integral_constant<int, 1>{});
+        for (int32_t i = team; i < pixels * copies; i += kTeams) {
+          const int32_t copy = i / pixels, pixel = i - copy * pixels;
+          acc sum[kVec] = {};
+          add(pixel, copy, copies, sum);
+          acc* kept = shared.sums + i * kRow + threadIdx.x % kLanes * kVec;
+#pragma unroll
+          for (int c = 0; c < kVec; ++c) kept[c] = first_round ? sum[c] : kept[c] + sum[c];
+        }
       }
-    };
-    if (direct) {
+      __syncthreads();
+      if (!more) break;
+    }
+
+    if (!too_many && !direct) {
       for (int32_t pixel = team; pixel < pixels; pixel += kTeams) {
         acc sum[kVec] = {};
-        add(shared.starts[pixel], shared.starts[pixel + 1], 1, sum);
-        if (has_channel)
-          Row::pack(sum).store(Rows::at(p, grad_value, Rows::offset(p, begin + pixel)));
-      }
-    } else {
-      for (int32_t i = team; i < pixels * copies; i += kTeams) {
-        const int32_t copy = i / pixels, pixel = i - copy * pixels;
-        acc sum[kVec] = {};
-        add(shared.starts[pixel] + copy, shared.starts[pixel + 1], copies, sum);
-        acc* kept = shared.sums + i * kRow + threadIdx.x % kLanes * kVec;
+        for (int copy = 0; copy < copies; ++copy) {
+          const acc* kept =
+              shared.sums + (copy * pixels + pixel) * kRow + threadIdx.x % kLanes * kVec;
 #pragma unroll
-        for (int c = 0; c < kVec; ++c) kept[c] += sum[c];
+          for (int c = 0; c < kVec; ++c) sum[c] += kept[c];
+        }
+        store(pixel, sum);
+      }
+    }
+    if (threadIdx.x == 0) {
+      if (too_many) {
+        part.halve();
+      } else if (!part.next()) {
+        slice += gridDim.x / rows;
+        part.start(p, shared.levels, shared.slices, slice);
       }
     }
     __syncthreads();
-  } while (more);
-
-  if (!direct) {
-    for (int32_t pixel = team; pixel < pixels; pixel += kTeams) {
-      acc sum[kVec] = {};
-      for (int copy = 0; copy < copies; ++copy) {
-        const acc* kept =
-            shared.sums + (copy * pixels + pixel) * kRow + threadIdx.x % kLanes * kVec;
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) sum[c] += kept[c];
-      }
-      if (has_channel)
-        Row::pack(sum).store(Rows::at(p, grad_value, Rows::offset(p, begin + pixel)));
-    }
   }
   wait_for_previous_kernel();
 }
 
-// ----------------------------------------------------------------------------------- value,
-// scattered
+// ---------------------------------------------------------------------------------------- scatter
 
 constexpr int kScatterThreads = 256;
 constexpr int kScatterQueries = 128;
@@ -981,11 +1204,11 @@ enum class AddMethod { direct, scatter, gather };
 AddMethod find_method(const BackwardParams& p) {
   if (p.deterministic) return AddMethod::gather;
   if (queries_are_pixels(p) && p.value_dtype != DType::f64) return AddMethod::scatter;
-  // A half type needs a float copy of grad_value to add to. With few points and many pixels, that
-  // costs more than anything else.
+  // To add to grad_value it has to be cleared first, and in a half type a float copy of it, too.
+  // With few points and many pixels, that costs more than anything else.
   const int64_t elements = p.batch * p.spatial_size * p.heads * p.channels;
-  if (is_half(p.value_dtype) && max_level_points(p) <= 2048 && elements >= (1 << 22))
-    return AddMethod::gather;
+  const int64_t few = is_half(p.value_dtype) ? 4096 : 2048;
+  if (max_level_points(p) <= few && elements >= (1 << 22)) return AddMethod::gather;
   return AddMethod::direct;
 }
 
@@ -1047,59 +1270,63 @@ const char* launch_reach(const BackwardParams& p, void* stream) {
 }
 
 constexpr int kMaxSlicePixels = 1024, kMinSlicePixels = 128;
-constexpr int kFewestSlices = 16;     // of a level, then
-constexpr int kFound = 128;           // points a warp finds at a time then
-constexpr int kSumBytes = 32 * 1024;  // that are kept then
-constexpr int kGatherBytes = 96 * 1024;
-constexpr int kStaticBytes = 1024;  // what the kernel has besides, at most
+constexpr int kKeptPixels = 64;
+constexpr int kMinFound = 128;  // points a warp finds at a time, if there are as many
+// Where there are reaches:
+constexpr int kFewestSlices = 16;     // of a level
+constexpr int kSumBytes = 32 * 1024;  // that are kept
+constexpr int kGatherBlocks = 3;      // a multiprocessor, if their shared memory allows
+constexpr int kStaticBytes = 2048;    // what a block has besides, at most
 
 template <typename scalar_t, int kVec, int kLanes>
 const char* launch_gather(const BackwardParams& p, void* stream) {
   // With room for the levels of either source.
   using Memory = GatherMemory<acc_t<scalar_t>, FusedLevel<acc_t<scalar_t>>>;
   constexpr int kRow = kLanes * kVec, kTeams = kGatherThreads / kLanes;
-  int device = 0, multiprocessors = 0, limit = 0, major = 0;
+  int device = 0, multiprocessors = 0, of_block = 0, of_multiprocessor = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   for (const auto& [attribute, number] :
        {std::pair{cudaDevAttrMultiProcessorCount, &multiprocessors},
-        std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &limit},
+        std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &of_block},
+        std::pair{cudaDevAttrMaxSharedMemoryPerMultiprocessor, &of_multiprocessor},
         std::pair{cudaDevAttrComputeCapabilityMajor, &major}}) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(number, attribute, device);
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t most_bytes = std::min(limit - kStaticBytes, kGatherBytes);
   const int64_t points = max_level_points(p);
-  if (points > INT32_MAX - kGatherThreads) {
+  if (points > INT32_MAX - kLookAhead * kGatherThreads) {
     return "sampling_locations has too many points in a level, expected below 2^31";
   }
 
-  // All points at a time if they fit, and pixels to fill the GPU twice; else what does fit.
+  // Pixels to fill the GPU twice, and all points at a time if they fit.
+  const int64_t most_bytes =
+      std::min(of_block, std::max(of_multiprocessor / kGatherBlocks, 48 * 1024)) - kStaticBytes;
   const int64_t rows = int64_t(p.heads) * ceil_div(p.channels, kRow);
   const int64_t to_fill = p.spatial_size * p.batch * rows / (2 * multiprocessors);
-  Slicing slicing{static_cast<int32_t>(std::min<int64_t>(
-                      std::max<int64_t>(to_fill / 2 * 2, kMinSlicePixels), kMaxSlicePixels)),
-                  1, static_cast<int32_t>(ceil_div<int64_t>(points, kGatherThreads) * 32), false,
-                  0};
-  if (has_reaches(p) || Memory::bytes(slicing, kTeams, kRow, p.levels) > most_bytes) {
-    const int32_t pixels = kSumBytes / (kRow * static_cast<int>(sizeof(acc_t<scalar_t>)));
-    slicing = {std::min(pixels, kMaxSlicePixels), kFewestSlices, kFound, true,
-               has_reaches(p) ? reach_chunks(p) : 0};
-    while (slicing.pixels > 2 && Memory::bytes(slicing, kTeams, kRow, p.levels) > most_bytes) {
-      slicing.pixels = slicing.pixels / 4 * 2;
-    }
+  Slicing slicing{
+      static_cast<int32_t>(std::clamp<int64_t>(to_fill, kMinSlicePixels, kMaxSlicePixels)), 1,
+      static_cast<int32_t>(
+          std::clamp<int64_t>(ceil_div<int64_t>(points, kGatherThreads) * 32, 32, kMaxFound)),
+      kKeptPixels, 0};
+  if (has_reaches(p)) {
+    const int32_t kept = kSumBytes / (kRow * static_cast<int>(sizeof(acc_t<scalar_t>)));
+    slicing = {std::min(kept, kMaxSlicePixels), kFewestSlices, kMaxFound,
+               std::min(kept, kMaxSlicePixels), reach_chunks(p)};
   }
-  const int64_t bytes = Memory::bytes(slicing, kTeams, kRow, p.levels);
-  const int64_t blocks = slicing.slices(p) * rows;
-  if (blocks > INT32_MAX) {
-    return "value has too many pixels and heads for the deterministic backward";
+  const auto bytes = [&] { return Memory::bytes(slicing, kTeams, kRow, p.levels); };
+  while (slicing.found > kMinFound && bytes() > most_bytes) slicing.found -= 32;
+  while (slicing.pixels > 2 && bytes() > most_bytes) {
+    slicing.pixels /= 2;
+    slicing.kept_pixels = std::min(slicing.kept_pixels, slicing.pixels);
   }
+  const int64_t blocks = std::min<int64_t>(slicing.slices(p), INT32_MAX / rows) * rows;
   const bool overlap = major >= 9;
   return with_source<scalar_t>(p, [&](auto source) {
     const auto kernel = gather_kernel<scalar_t, source.value, kVec, kLanes>;
     const char* message = allow_shared_memory(
-        kernel, bytes, "the backward needs more shared memory than this GPU has");
+        kernel, bytes(), "the backward needs more shared memory than this GPU has");
     if (message) return message;
-    return launch(kernel, p, blocks, 1, kGatherThreads, bytes, !kIsFused<source.value> && overlap,
+    return launch(kernel, p, blocks, 1, kGatherThreads, bytes(), !kIsFused<source.value> && overlap,
                   stream, slicing);
   });
 }
@@ -1133,8 +1360,8 @@ BackwardNeeds backward_needs(const BackwardParams& params) {
   const AddMethod method = find_method(params);
   if (method == AddMethod::direct) return {true, 0};
   const bool gather = method == AddMethod::gather;
-  return {!gather,
-          softmax_bytes(params) + (gather && has_reaches(params) ? reach_bytes(params) : 0)};
+  return {!gather, gather && has_reaches(params) ? reach_offset(params) + reach_bytes(params)
+                                                 : softmax_bytes(params)};
 }
 
 const char* backward(const BackwardParams& params, void* stream) {
@@ -1155,14 +1382,15 @@ const char* backward(const BackwardParams& params, void* stream) {
     }
     error = launch_points<scalar_t, kVec, false>(params, stream);
     if (error) return;
-    error = with_row<scalar_t, kSumVec>(params, [&](auto vec, auto lanes) {
-      if constexpr (!std::is_same_v<scalar_t, double>) {
-        if (method == AddMethod::scatter) {
-          return launch_scatter<scalar_t, vec.value, lanes.value>(params, stream);
-        }
-      }
-      return launch_gather<scalar_t, vec.value, lanes.value>(params, stream);
-    });
+    if (method == AddMethod::gather) {
+      error = with_row<scalar_t, kVec>(params, [&](auto vec, auto lanes) {
+        return launch_gather<scalar_t, vec.value, lanes.value>(params, stream);
+      });
+    } else if constexpr (!std::is_same_v<scalar_t, double>) {
+      error = with_row<scalar_t, kSumVec>(params, [&](auto vec, auto lanes) {
+        return launch_scatter<scalar_t, vec.value, lanes.value>(params, stream);
+      });
+    }
   });
   return error;
 }

@@ -268,6 +268,15 @@ struct PointReader {
     location_at_ += points * location_bytes(p);
     weight_at_ += points * weight_bytes(p);
   }
+  // On to the same point of a query further on.
+  __device__ __forceinline__ void skip_queries(const Params& p, int32_t queries) {
+    const int64_t points = int64_t(p.heads) * p.points;
+    location_at_ += queries * (points * location_bytes(p));
+    weight_at_ += queries * (points * weight_bytes(p));
+    if constexpr (kIsFused<kSource>) {
+      references_at_ += queries * (int64_t(p.reference_levels) * reference_bytes(p));
+    }
+  }
   __device__ __forceinline__ void read_location(const Params& p) {
     location_.read(location_at_, p.locations_dtype);
   }
@@ -322,15 +331,20 @@ struct PointReader {
   }
 };
 
-// The corners of a point that was read, of this level.
+// The coordinates of a point that was read, in this level.
+template <typename acc>
+struct Place {
+  Coordinate<acc> x, y;
+};
+
 template <typename scalar_t, Source kSource>
-__device__ __forceinline__ Corners<acc_t<scalar_t>> place(
+__device__ __forceinline__ Place<acc_t<scalar_t>> locate(
     const Params& p, const PointReader<scalar_t, kSource>& point, int32_t level_index,
     const LevelOf<scalar_t, kSource>& level) {
   using acc = acc_t<scalar_t>;
   const Location<acc> location = point.location(p);
   if constexpr (!kIsFused<kSource>) {
-    return Corners<acc>(location.x, location.y, level, p.method);
+    return {Coordinate<acc>(location.x, level.width), Coordinate<acc>(location.y, level.height)};
   } else {
     const Reference<acc> reference = point.reference(p, level_index);
     Exact<acc> move_x{location.x, 0}, move_y{location.y, 0};
@@ -338,10 +352,18 @@ __device__ __forceinline__ Corners<acc_t<scalar_t>> place(
       move_x = multiply(location.x, multiply(reference.width, level.units.x));
       move_y = multiply(location.y, multiply(reference.height, level.units.y));
     }
-    return Corners<acc>(Coordinate<acc>(moved_pixel(reference.x, level.width, move_x)),
-                        Coordinate<acc>(moved_pixel(reference.y, level.height, move_y)), level,
-                        p.method);
+    return {Coordinate<acc>(moved_pixel(reference.x, level.width, move_x)),
+            Coordinate<acc>(moved_pixel(reference.y, level.height, move_y))};
   }
+}
+
+// Its corners there.
+template <typename scalar_t, Source kSource>
+__device__ __forceinline__ Corners<acc_t<scalar_t>> place(
+    const Params& p, const PointReader<scalar_t, kSource>& point, int32_t level_index,
+    const LevelOf<scalar_t, kSource>& level) {
+  const auto at = locate(p, point, level_index, level);
+  return Corners<acc_t<scalar_t>>(at.x, at.y, level, p.method);
 }
 
 // exp(x) of x <= 0, to a few units of the last place of 1.
