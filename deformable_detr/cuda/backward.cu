@@ -498,12 +498,22 @@ struct Slicing {
   }
 };
 
+// In which row of a rectangle a pixel is: exact for sides up to kMaxSide and up to 2^16 / kMaxSide
+// pixels.
+struct RowOf {
+  uint32_t factor;  // 2^16 / width, rounded up
+
+  __device__ __forceinline__ int32_t operator()(int32_t pixel) const {
+    return static_cast<int32_t>(pixel * factor >> 16);
+  }
+};
+
 // What a block is at: a part of a slice. Slices are halved while there are too many points near.
 struct Part {
   int32_t level;  // p.levels: no more slices
   Rectangle slice, pixels;
   int32_t depth, number;  // of 2^depth parts
-  uint32_t width_factor;
+  RowOf row_of;           // in `pixels`
 
   // The last levels, which are the coarse ones in most models, come first: their pixels have the
   // most points.
@@ -532,16 +542,12 @@ struct Part {
     if (depth > 0) cut();
     return depth > 0;
   }
-  // In which row a pixel is: exact for sides up to kMaxSide and pixels up to 2^16 / kMaxSide.
-  __device__ __forceinline__ int32_t row_of(int32_t pixel) const {
-    return static_cast<int32_t>(pixel * width_factor >> 16);
-  }
 
  private:
   __device__ __forceinline__ void cut() {
     pixels = slice;
     for (int32_t d = depth - 1; d >= 0; --d) pixels = pixels.half(number >> d & 1);
-    width_factor = ((1u << 16) + pixels.width - 1) / pixels.width;
+    row_of.factor = ((1u << 16) + pixels.width - 1) / pixels.width;
   }
 };
 
@@ -760,9 +766,11 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
   if (threadIdx.x == 0) part.start(p, shared.levels, shared.slices, slice);
   __syncthreads();
   while (part.level < p.levels) {
+    // Copied, as the next part may come before all threads are done with this one.
     const int32_t own = part.level;
-    const LevelOf<scalar_t, kSource>& level = shared.levels[own];
     const Rectangle own_pixels = part.pixels;
+    const RowOf row_of = part.row_of;
+    const LevelOf<scalar_t, kSource>& level = shared.levels[own];
     const int32_t pixels = own_pixels.pixels(), cells = own_pixels.cells();
     const int32_t level_points = points_of_level(p, own);
     const int32_t total = static_cast<int32_t>(p.queries * level_points);
@@ -805,7 +813,7 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
     };
 
     const auto store = [&](int32_t pixel, const acc(&sum)[kVec]) {
-      const int32_t row = part.row_of(pixel), column = pixel - row * own_pixels.width;
+      const int32_t row = row_of(pixel), column = pixel - row * own_pixels.width;
       const int32_t in_value =
           level.start + (own_pixels.row + row) * level.width + own_pixels.column + column;
       if (has_channel) Row::pack(sum).store(Rows::at(p, grad_value, Rows::offset(p, in_value)));
@@ -937,7 +945,7 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
       // Each team adds up its pixels.
       const bool bilinear = p.method == Method::bilinear;
       const auto add = [&](int32_t pixel, int first, int stride, acc(&sum)[kVec]) {
-        const uint16_t* north = shared.starts + pixel + part.row_of(pixel);
+        const uint16_t* north = shared.starts + pixel + row_of(pixel);
         const uint16_t* south = north + own_pixels.width + 1;
         // The points of the two cells to the north, then those of the two to the south; to the
         // east from the middle on.
