@@ -73,7 +73,7 @@ CASES = [
     Case("twelve_points", heads=16, points=12),
     Case("five_batches", batch=5, queries=7, heads=5, channels=32),
     Case("many_queries", queries=4200, heads=8, channels=32, batch=1),
-    Case("many_pixels", ((120, 150), (60, 75)), queries=50, heads=8, channels=32, batch=1),
+    Case("many_pixels", ((256, 256),), queries=260, heads=8, channels=32, batch=1),
     Case("wide_167", ((100, 167),), queries=300, heads=1, channels=8),
     Case("wide_334", ((200, 334),), queries=300, heads=1, channels=8),
     Case("corner_167", ((100, 167),), queries=200, heads=1, channels=8, locations="corner"),

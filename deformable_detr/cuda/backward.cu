@@ -1213,11 +1213,13 @@ AddMethod find_method(const BackwardParams& p) {
   if (p.deterministic) return AddMethod::gather;
   if (queries_are_pixels(p) && p.value_dtype != DType::f64) return AddMethod::scatter;
   // To add to grad_value it has to be cleared first, and in a half type a float copy of it, too.
-  // With few points and many pixels, that costs more than anything else.
+  // Where points are few and pixels are many, that costs more than looking for points.
   const int64_t elements = p.batch * p.spatial_size * p.heads * p.channels;
-  const int64_t few = is_half(p.value_dtype) ? 4096 : 2048;
-  if (max_level_points(p) <= few && elements >= (1 << 22)) return AddMethod::gather;
-  return AddMethod::direct;
+  const int64_t points = max_level_points(p);
+  const bool gather = is_half(p.value_dtype)
+                          ? points <= 4096 && elements >= (points <= 2048 ? 1 << 22 : 1 << 23)
+                          : points <= 2048 && points >= 1024 && elements >= 1 << 24;
+  return gather ? AddMethod::gather : AddMethod::direct;
 }
 
 // --------------------------------------------------------------------------------------- launchers
