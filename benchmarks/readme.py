@@ -27,12 +27,12 @@ PICTURES = ROOT / "docs" / "figures"
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # The results that are quoted: of the operator, by dtype, over its sizes, of whole models, and
 # kernels-benchmarks' protocol.
-RUN = "h200-2026-11-25"
+RUN, BEFORE = "h100-2026-11-25", "h200-2026-11-25"
 SUITE = [RESULTS / f"{RUN}-{dtype}.jsonl" for dtype in DTYPES]
 SCALING = RESULTS / f"{RUN}-scaling.jsonl"
-MODELS = RESULTS / f"{RUN}-models.jsonl"
-SEED = RESULTS / f"{RUN}-deformable_detr.jsonl"
-STEPS = RESULTS / f"{RUN}-fused.json"  # the fused operator beside those it takes the place of
+MODELS = RESULTS / f"{BEFORE}-models.jsonl"
+SEED = RESULTS / f"{BEFORE}-deformable_detr.jsonl"
+STEPS = RESULTS / f"{BEFORE}-fused.json"  # the fused operator beside those it takes the place of
 CPU = RESULTS / "epyc-2-cores-2026-11-25.jsonl"
 CPU_MODELS = RESULTS / "epyc-2-cores-2026-11-25-models.jsonl"
 
