@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   using Row = Vec<scalar_t, kVec>;
   using Rows = cuda::Rows<scalar_t, kVec>;
   constexpr bool kFused = kIsFused<kSource>;
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(32) char memory[];
   __shared__ int4 offsets[Layout::kSlots];                      // of each corner in value
   __shared__ PerCorner<acc> shares[kAdd ? Layout::kSlots : 1];  // times the point's weight
   __shared__ PerCorner<acc> dots[Layout::kSlots];  // of grad_output with value at each corner
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
 
 // A point lies in the cell of its north-western corner, the first of which are at -1: of all points
 // that touch a pixel, each lies in one of four cells. Sampled by nearest, a point lies in that of
-// its pixel, and touches no other.
+// its pixel, and touches no other; where it is not finite, row or column are -1, which no pixel is.
 struct Cell {
   int32_t row, column;
 };
@@ -481,18 +481,26 @@ struct Slicing {
     slices.by_points = Divisor(max(points_of_level(p, index), 1));
     const int32_t all = level.height * level.width;
     if (all == 0) return slices;
-    const int32_t most = min(pixels, max(ceil_div(all, fewest), kFewSlicePixels));
-    const auto share = [](int32_t size, int32_t most) {
-      return ceil_div(size, ceil_div(size, most));
+    // Unsigned, as sides may be near 2^31.
+    const auto shares = [](uint32_t size, uint32_t most) {
+      return static_cast<int32_t>(ceil_div(size, most));
     };
+    const auto share = [&](int32_t size, int32_t most) { return shares(size, shares(size, most)); };
+    const int32_t most = min(pixels, max(shares(all, fewest), kFewSlicePixels));
     const int32_t side = min(static_cast<int32_t>(sqrtf(static_cast<float>(most))), kMaxSide);
     slices.width = share(level.width, side);
     slices.height = share(level.height, min(most / slices.width, kMaxSide));
-    slices.across = ceil_div(level.width, slices.width);
-    slices.number = ceil_div(level.height, slices.height) * slices.across;
+    slices.across = shares(level.width, slices.width);
+    slices.number = shares(level.height, slices.height) * slices.across;
     return slices;
   }
-  // About as many, for all levels.
+  // Points a block finds at a time, at most.
+  __host__ __device__ __forceinline__ int slots() const { return kGatherWarps * found; }
+  // Room for the cells of a slice: even, as two counters share a word.
+  __host__ __device__ __forceinline__ int cells() const {
+    return (pixels + 2 * kMaxSide + 3) / 2 * 2;
+  }
+  // About as many slices as all levels have.
   int64_t slices(const Params& p) const {
     return p.spatial_size / pixels * 5 / 4 + int64_t(p.levels) * fewest + 2;
   }
@@ -519,7 +527,7 @@ struct Part {
   // most points.
   template <typename LevelType>
   __device__ __forceinline__ void start(const Params& p, const LevelType* levels,
-                                        const Slices* slices, int32_t index) {
+                                        const Slices* slices, int64_t index) {
     for (level = p.levels - 1; level >= 0 && index >= slices[level].number; --level) {
       index -= slices[level].number;
     }
@@ -527,7 +535,7 @@ struct Part {
       level = p.levels;
       return;
     }
-    slice = slices[level].at(levels[level], index);
+    slice = slices[level].at(levels[level], static_cast<int32_t>(index));
     depth = number = 0;
     cut();
   }
@@ -572,7 +580,7 @@ int32_t reach_chunks(const Params& p) {
 int64_t reach_bytes(const Params& p) {
   return p.batch * p.heads * p.levels * reach_chunks(p) * sizeof(Reach);
 }
-// Where there are many more points than a block holds at once.
+// Where there are more points than a block holds at once.
 bool has_reaches(const Params& p) { return max_level_points(p) > kMaxFound * kGatherWarps; }
 
 // [batch, heads, levels, chunks], in scratch behind the softmaxes.
@@ -651,33 +659,26 @@ struct GatherMemory {
   uint16_t* places;  // [warp][cell], where the warp's next point of a cell goes
   uint16_t* order;   // slots, sorted by cell
 
-  static __host__ __device__ int slots(const Slicing& slicing) {
-    return kGatherWarps * slicing.found;
-  }
   static __host__ __device__ int sum_rows(const Slicing& slicing, int teams) {
     return slicing.kept_pixels > teams ? slicing.kept_pixels : teams;
   }
-  // An even number, at least.
-  static __host__ __device__ int cells(const Slicing& slicing) {
-    return (slicing.pixels + 2 * kMaxSide + 3) / 2 * 2;
-  }
   static int64_t bytes(const Slicing& slicing, int teams, int row, int32_t levels) {
-    return int64_t(slots(slicing)) *
+    return int64_t(slicing.slots()) *
                (sizeof(PerCorner<acc>) + 2 * sizeof(int32_t) + sizeof(uint16_t)) +
            int64_t(sum_rows(slicing, teams)) * row * sizeof(acc) +
            levels * (sizeof(LevelType) + sizeof(Slices)) +
-           int64_t((1 + kGatherWarps) * cells(slicing) + 2) * sizeof(uint16_t);
+           int64_t((1 + kGatherWarps) * slicing.cells() + 2) * sizeof(uint16_t);
   }
   __device__ GatherMemory(char* memory, const Slicing& slicing, int teams, int row, int32_t n) {
     shares = reinterpret_cast<PerCorner<acc>*>(memory);
-    sums = reinterpret_cast<acc*>(shares + slots(slicing));
+    sums = reinterpret_cast<acc*>(shares + slicing.slots());
     levels = reinterpret_cast<LevelType*>(sums + sum_rows(slicing, teams) * row);
     slices = reinterpret_cast<Slices*>(levels + n);
     queries = reinterpret_cast<int32_t*>(slices + n);
-    found = queries + slots(slicing);
-    starts = reinterpret_cast<uint16_t*>(found + slots(slicing));
-    places = starts + cells(slicing) + 2;
-    order = places + kGatherWarps * cells(slicing);
+    found = queries + slicing.slots();
+    starts = reinterpret_cast<uint16_t*>(found + slicing.slots());
+    places = starts + slicing.cells() + 2;
+    order = places + kGatherWarps * slicing.cells();
   }
 };
 
@@ -714,11 +715,10 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
   using Point = PointReader<scalar_t, kSource>;
   constexpr int kRow = kLanes * kVec;  // channels
   constexpr int kTeams = kGatherThreads / kLanes;
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(32) char memory[];
   __shared__ Part part;
   const GatherMemory<acc, LevelOf<scalar_t, kSource>> shared(memory, slicing, kTeams, kRow,
                                                              p.levels);
-  if (kIsFused<kSource>) wait_for_previous_kernel();
   LevelLoader<LevelOf<scalar_t, kSource>> level_loader;
   level_loader.load(p);
   level_loader.store(p, shared.levels);
@@ -727,10 +727,10 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
   }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, team = threadIdx.x / kLanes;
-  const int32_t parts = ceil_div(p.channels, kRow);
-  const int32_t rows = p.heads * parts;
-  const int32_t head = blockIdx.x % rows / parts;
-  const int32_t channel = blockIdx.x % rows % parts * kRow + threadIdx.x % kLanes * kVec;
+  const int32_t channel_parts = ceil_div(p.channels, kRow);
+  const int32_t rows = p.heads * channel_parts;
+  const int32_t head = blockIdx.x % rows / channel_parts;
+  const int32_t channel = blockIdx.x % rows % channel_parts * kRow + threadIdx.x % kLanes * kVec;
   const bool has_channel = channel < p.channels;
   const int64_t batch = p.first_batch + blockIdx.z;
   scalar_t* grad_value = settled(static_cast<scalar_t*>(p.grad_value) +
@@ -739,15 +739,15 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
       settled(static_cast<const scalar_t*>(p.grad_output) +
               (batch * p.queries * p.heads + head) * p.channels + channel);
 
-  // The first block clears the pixels of no level: none, if the levels lie side by side.
+  // The first block of a row clears the pixels of no level: none, if the levels lie side by side.
   if (blockIdx.x < rows) {
     int32_t covered = 0;
     for (int32_t l = 0; l < p.levels; ++l) {
       const Level& level = shared.levels[l];
       if (level.start == covered) covered += level.height * level.width;
     }
-    for (int32_t pixel = team; covered != p.spatial_size && pixel < p.spatial_size;
-         pixel += kTeams) {
+    for (int64_t i = team; covered != p.spatial_size && i < p.spatial_size; i += kTeams) {
+      const int32_t pixel = static_cast<int32_t>(i);
       bool in_a_level = false;
       for (int32_t l = 0; l < p.levels; ++l) {
         const Level& level = shared.levels[l];
@@ -759,11 +759,11 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
     }
   }
 
-  uint16_t* places = shared.places + warp * GatherMemory<acc, Level>::cells(slicing);
+  uint16_t* places = shared.places + warp * slicing.cells();
   int32_t* found = shared.found + warp * slicing.found;
-  int32_t slice = blockIdx.x / rows;
+  int64_t slice_index = blockIdx.x / rows;
   __syncthreads();
-  if (threadIdx.x == 0) part.start(p, shared.levels, shared.slices, slice);
+  if (threadIdx.x == 0) part.start(p, shared.levels, shared.slices, slice_index);
   __syncthreads();
   while (part.level < p.levels) {
     // Copied, as the next part may come before all threads are done with this one.
@@ -834,8 +834,10 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
           chunk += kGatherWarps * (reaching ? __ffs(reaching) - 1 : 32);
           if (chunk >= slicing.reach_chunks) break;
           if (!reaching) continue;
-          next = chunk * (kReachQueries * level_points);
-          end = min(next + kReachQueries * level_points, total);
+          // Counted in queries first, so that no product exceeds `total`.
+          next = chunk * kReachQueries * level_points;
+          const int64_t end_query = int64_t(chunk + 1) * kReachQueries;
+          end = static_cast<int32_t>(min(p.queries, end_query)) * level_points;
           chunk += kGatherWarps;
         }
         const int32_t number = next + lane;
@@ -864,8 +866,10 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
       direct = first_round && !more && copies == 1;
 
       // What they give to their corners, and how many lie in each cell.
-      int32_t* counters = reinterpret_cast<int32_t*>(places);
-      for (int32_t i = lane; i < (cells + 1) / 2; i += 32) counters[i] = 0;
+      // Two 16-bit counters share a word; neither overflows.
+      const int32_t words = (cells + 1) / 2, pitch = slicing.cells() / 2;
+      uint32_t* counts = reinterpret_cast<uint32_t*>(shared.places);
+      for (int32_t i = lane; i < words; i += 32) counts[warp * pitch + i] = 0;
       __syncwarp();
       for (int32_t i = lane; i < near; i += 32) {
         Point point;
@@ -879,8 +883,7 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
         const int32_t cell = own_pixels.number(find_cell(at, level, p.method));
         found[i] = cell;
         if (cell == kOutside) continue;
-        // Two 16-bit counters share a word; neither overflows.
-        atomicAdd(counters + cell / 2, cell & 1 ? 1 << 16 : 1);
+        atomicAdd(counts + warp * pitch + cell / 2, cell & 1 ? 1u << 16 : 1u);
         const acc weight = find_weight(p, point, softmax);
         const acc right = at.x.fraction, down = at.y.fraction;
         const int slot = warp * slicing.found + i;
@@ -894,12 +897,9 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
       __syncthreads();
 
       // Where each warp's points of each cell go: cell after cell, warp after warp. Two at a time.
-      const int32_t words = (cells + 1) / 2;
       const int32_t per_thread = ceil_div(words, kGatherThreads);
       const int32_t first_word = min(static_cast<int32_t>(threadIdx.x) * per_thread, words);
       const int32_t last_word = min(first_word + per_thread, words);
-      const int32_t pitch = GatherMemory<acc, Level>::cells(slicing) / 2;
-      uint32_t* counts = reinterpret_cast<uint32_t*>(shared.places);
       const auto count_word = [&](int32_t word) {
         uint32_t count = 0;
 #pragma unroll
@@ -956,7 +956,7 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
         const auto add_rows = [&](auto at_once) {
           constexpr int kAtOnce = at_once.value;  // rows loaded before they are used
           for (int32_t i = first; i < of_pixel; i += kAtOnce * stride) {
-            Row rows[kAtOnce];
+            Row loaded[kAtOnce];
             acc share[kAtOnce];
 #pragma unroll
             for (int k = 0; k < kAtOnce; ++k) {
@@ -969,19 +969,20 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
                 const int slot = shared.order[at];
                 share[k] = shared.shares[slot].corner[(is_north ? 2 : 0) + (is_west ? 1 : 0)];
                 if (has_channel) {
-                  rows[k] = Row::load(Rows::at(p, grad_output, shared.queries[slot]));
+                  loaded[k] = Row::load(Rows::at(p, grad_output, shared.queries[slot]));
                 }
               }
             }
 #pragma unroll
             for (int k = 0; k < kAtOnce; ++k) {
               acc x[kVec];
-              rows[k].unpack(x);
+              loaded[k].unpack(x);
 #pragma unroll
               for (int c = 0; c < kVec; ++c) sum[c] += share[k] * x[c];
             }
           }
         };
+        // With two points a pixel, on the average; with fewer most of four loads would be none.
         if (2 * all >= pixels) {
           add_rows(std::integral_constant<int, 4>{});
         } else {
@@ -1024,8 +1025,8 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
       if (too_many) {
         part.halve();
       } else if (!part.next()) {
-        slice += gridDim.x / rows;
-        part.start(p, shared.levels, shared.slices, slice);
+        slice_index += gridDim.x / rows;
+        part.start(p, shared.levels, shared.slices, slice_index);
       }
     }
     __syncthreads();
@@ -1052,7 +1053,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   constexpr int kRow = kLanes * kVec;
   constexpr int kTeams = kScatterThreads / kLanes;
   constexpr int kBinsPerThread = kBins / kScatterThreads;
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(32) char memory[];
   LevelOf<scalar_t, kSource>* levels = reinterpret_cast<LevelOf<scalar_t, kSource>*>(memory);
   __shared__ PerCorner<acc> shares[kScatterPoints];  // of each corner, times the weight
   __shared__ int4 pixels[kScatterPoints];
@@ -1281,12 +1282,14 @@ const char* launch_reach(const BackwardParams& p, void* stream) {
 
 constexpr int kMaxSlicePixels = 1024, kMinSlicePixels = 128;
 constexpr int kKeptPixels = 64;
-constexpr int kMinFound = 128;  // points a warp finds at a time, if there are as many
+constexpr int kMinFound = 128;      // points a warp finds at a time, if there are as many
+constexpr int kGatherBlocks = 3;    // a multiprocessor, if their shared memory allows
+constexpr int kStaticBytes = 2048;  // what a block has besides, at most
 // Where there are reaches:
 constexpr int kFewestSlices = 16;     // of a level
 constexpr int kSumBytes = 32 * 1024;  // that are kept
-constexpr int kGatherBlocks = 3;      // a multiprocessor, if their shared memory allows
-constexpr int kStaticBytes = 2048;    // what a block has besides, at most
+static_assert(kMaxSlicePixels * kMaxSide <= 1 << 16, "for RowOf");
+static_assert(kMaxFound * kGatherWarps < 1 << 16, "for 16-bit slots");
 
 template <typename scalar_t, int kVec, int kLanes>
 const char* launch_gather(const BackwardParams& p, void* stream) {
@@ -1304,13 +1307,7 @@ const char* launch_gather(const BackwardParams& p, void* stream) {
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t points = max_level_points(p);
-  if (points > INT32_MAX - kLookAhead * kGatherThreads) {
-    return "sampling_locations has too many points in a level, expected below 2^31";
-  }
-
   // Pixels to fill the GPU twice, and all points at a time if they fit.
-  const int64_t most_bytes =
-      std::min(of_block, std::max(of_multiprocessor / kGatherBlocks, 48 * 1024)) - kStaticBytes;
   const int64_t rows = int64_t(p.heads) * ceil_div(p.channels, kRow);
   const int64_t to_fill = p.spatial_size * p.batch * rows / (2 * multiprocessors);
   Slicing slicing{
@@ -1324,11 +1321,17 @@ const char* launch_gather(const BackwardParams& p, void* stream) {
                std::min(kept, kMaxSlicePixels), reach_chunks(p)};
   }
   const auto bytes = [&] { return Memory::bytes(slicing, kTeams, kRow, p.levels); };
-  while (slicing.found > kMinFound && bytes() > most_bytes) slicing.found -= 32;
-  while (slicing.pixels > 2 && bytes() > most_bytes) {
-    slicing.pixels /= 2;
-    slicing.kept_pixels = std::min(slicing.kept_pixels, slicing.pixels);
-  }
+  const auto shrink = [&](int64_t most, int found, int pixels) {
+    while (slicing.found > found && bytes() > most) slicing.found -= 32;
+    while (slicing.pixels > pixels && bytes() > most) {
+      slicing.pixels /= 2;
+      slicing.kept_pixels = std::min(slicing.kept_pixels, slicing.pixels);
+    }
+  };
+  // For kGatherBlocks, as far as blocks do not become too small; then for one.
+  const int of_each = std::max(of_multiprocessor / kGatherBlocks, 48 * 1024);
+  shrink(std::min(of_block, of_each) - kStaticBytes, kMinFound, kFewSlicePixels);
+  shrink(of_block - kStaticBytes, 32, 2);
   const int64_t blocks = std::min<int64_t>(slicing.slices(p), INT32_MAX / rows) * rows;
   const bool overlap = major >= 9;
   return with_source<scalar_t>(p, [&](auto source) {
@@ -1376,6 +1379,11 @@ BackwardNeeds backward_needs(const BackwardParams& params) {
 
 const char* backward(const BackwardParams& params, void* stream) {
   const AddMethod method = find_method(params);
+  constexpr int64_t kMostPoints = INT32_MAX - kLookAhead * kGatherThreads;
+  if (params.points > kMostPoints ||
+      (method == AddMethod::gather && max_level_points(params) > kMostPoints)) {
+    return "sampling_locations has too many points in a level, expected below 2^31";
+  }
   const char* error = nullptr;
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);

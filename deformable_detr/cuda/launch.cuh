@@ -96,8 +96,8 @@ __device__ __forceinline__ int64_t query_in_strips(const Params& p, const LevelT
     if (pixels > p.queries - first) break;  // bad metadata
     const int32_t index = static_cast<int32_t>(query) - first;
     if (index < pixels) {
-      const int32_t strip = index / (level.width * kRows);
-      const int32_t in_strip = index - strip * level.width * kRows;
+      const int32_t strip = index / level.width / kRows;
+      const int32_t in_strip = index - strip * kRows * level.width;
       const int32_t rows = min(kRows, level.height - strip * kRows);
       const int32_t column = rows == kRows ? in_strip / kRows : in_strip / rows;
       const int32_t row = strip * kRows + in_strip - column * rows;
@@ -265,8 +265,8 @@ struct PointReader {
     }
   }
   __device__ __forceinline__ void skip(const Params& p, int32_t points) {
-    location_at_ += points * location_bytes(p);
-    weight_at_ += points * weight_bytes(p);
+    location_at_ += int64_t(points) * location_bytes(p);
+    weight_at_ += int64_t(points) * weight_bytes(p);
   }
   // On to the same point of a query further on.
   __device__ __forceinline__ void skip_queries(const Params& p, int32_t queries) {
