@@ -448,6 +448,10 @@ std::vector<Problem> make_problems() {
     problem.deterministic = true;
     problems.push_back(problem);
   }
+  // More points and slices than blocks of gather_kernel hold at once.
+  problems.push_back(
+      {1, 1000, 1, 32, {12, 17, 1, 900, 700, 1}, {4, 4, 4}, Method::bilinear, 0, true});
+  problems.push_back({1, 2100, 1, 30, {30, 40, 2, 3}, {1, 4}, Method::bilinear, 2, true});
 #endif
   // Levels of 12 * 17 and 4 * 8 pixels, which say that they are others.
   constexpr int64_t kHuge = int64_t(1) << 62, kInt32 = int64_t(1) << 31;

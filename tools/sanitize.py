@@ -5,16 +5,20 @@
     python tools/sanitize.py memcheck               # GPU; also racecheck, initcheck, synccheck
     python tools/sanitize.py guards                 # GPU: each tensor between zones of NaN
     python tools/sanitize.py none                   # CPU, none: a quick test of the kernels alone
+    python tools/sanitize.py address,undefined --emulate  # the GPU's kernels on the CPU
     CXX=aarch64-linux-gnu-g++ python tools/sanitize.py none --emulator qemu-aarch64  # another CPU
 
-Each instruction set that the processor has is run. The exit status is 1 if one run fails.
+Each instruction set that the processor has is run. ``--emulate`` needs no GPU, only the CUDA
+toolkit's headers: see emulator/cuda_runtime.h. The exit status is 1 if one run fails.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from build import (
@@ -31,6 +35,22 @@ from build import (
 CAPABILITIES = ["default", "avx2", "avx512"]
 GPU_TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 HARNESS = "tools/sanitize.cpp"
+EMULATOR = "tools/emulator"
+# What a C++ compiler does not take of CUDA, and what the emulator has for it.
+EMULATED = {
+    r"extern __shared__ __align__\(\d+\) char memory\[\];": (
+        "char* memory = emulator::dynamic_shared;"
+    ),
+    r"\b__shared__\b": "static",
+    r"\bthreadIdx\b": "emulator::thread_index",
+    r"\bblockIdx\b": "emulator::block_index",
+    r"(?<!\.)\bblockDim\b": "emulator::block_size",
+    r"(?<!\.)\bgridDim\b": "emulator::grid_size",
+    r"\bcudaLaunchKernelEx\b": "emulator::launch",
+    r'asm\("ex2.*;': "y = std::exp2(x * 1.4426950408889634f);",
+    r'asm\(""[^;]*;': "",
+    r"\b__CUDACC__\b": "MSDA_EMULATED",
+}
 
 
 def compile_for_cpu(sanitizers: str, out: Path, static: bool) -> None:
@@ -59,6 +79,46 @@ def compile_for_gpu(out: Path) -> None:
         run_compiler(kernel, [*arguments, "-o", out])
 
 
+def compile_emulated(sanitizers: str, out: Path) -> None:
+    """The CUDA kernels as C++ for the CPU; the CPU's own are linked, too, as for a GPU."""
+    kernel, toolkit = Kernel.open(ROOT), CudaToolkit.find()
+    # The sources take liberties with types that g++ would take advantage of.
+    flags = ["-O1", "-w", "-fno-strict-aliasing", f"-I{EMULATOR}"]
+    flags += ["-isystem", toolkit.home / "include"]
+    flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+        for path in (ROOT / "deformable_detr").rglob("*.*"):
+            copy = Path(folder) / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_text()
+            for pattern, replacement in EMULATED.items():
+                text = re.sub(pattern, replacement, text)
+            copy.write_text(text)
+        flags = ["-iquote", folder, *flags]
+        with ThreadPoolExecutor() as compilers:
+
+            def compile(source: Path | str, *arguments: str) -> None:
+                objects.append(Path(folder) / f"{len(objects)}.o")
+                jobs.append(
+                    compilers.submit(
+                        run_compiler, kernel, [*flags, *arguments, "-c", source, "-o", objects[-1]]
+                    )
+                )
+
+            jobs: list[Future] = []
+            for source in sources(kernel, "cuda"):
+                if source.endswith(".cu"):
+                    as_cpp = ["-x", "c++", "-include", "cuda_runtime.h", "-DMSDA_EMULATED"]
+                    compile(Path(folder) / source, *as_cpp)
+            for source in [*sources(kernel, "cpu"), f"{EMULATOR}/emulator.cpp"]:
+                compile(source)
+            compile(HARNESS, "-DUSE_CUDA=1")
+            for job in jobs:
+                job.result()
+        run_compiler(kernel, [*flags, *objects, "-o", out])
+
+
 def sources(kernel: Kernel, backend: str) -> list[str]:
     section = kernel.config["kernel"][backend]
     return [source for source in section["src"] if source.endswith((".cpp", ".cu"))]
@@ -83,6 +143,14 @@ def run_on_cpu(program: Path, sanitizer: str, emulator: str | None) -> bool:
     return ok
 
 
+def run_emulated(program: Path, sanitizer: str) -> bool:
+    print(f"{sanitizer}, GPU emulated: ", end="", flush=True)
+    # The threads' stacks are not the sanitizer's.
+    options = "detect_stack_use_after_return=0:detect_leaks=0"
+    environment = {**os.environ, "ASAN_OPTIONS": options}
+    return subprocess.run([program], env=environment).returncode == 0
+
+
 def run_on_gpu(program: Path, tool: str) -> bool:
     print(f"{tool}: ", end="", flush=True)
     if tool == "guards":
@@ -96,6 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python tools/sanitize.py", description=__doc__)
     parser.add_argument("sanitizer", nargs="*", default=["thread"], help="as -fsanitize has it")
     parser.add_argument("--gpu-program", type=Path, help="what to run, compiled if it is not there")
+    parser.add_argument("--emulate", action="store_true", help="runs the GPU's kernels on the CPU")
     parser.add_argument("--emulator", help="runs the program, if CXX compiles for another CPU")
     args = parser.parse_args()
     ok = True
@@ -109,6 +178,10 @@ def main() -> int:
             else:
                 program = Path(folder) / "sanitize"
                 flags = "" if sanitizer == "none" else sanitizer
+                if args.emulate:
+                    compile_emulated(flags, program)
+                    ok &= run_emulated(program, sanitizer)
+                    continue
                 compile_for_cpu(flags, program, static=args.emulator is not None)
                 ok &= run_on_cpu(program, sanitizer, args.emulator)
     return int(not ok)
