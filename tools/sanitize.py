@@ -5,7 +5,7 @@
     python tools/sanitize.py memcheck               # GPU; also racecheck, initcheck, synccheck
     python tools/sanitize.py guards                 # GPU: each tensor between zones of NaN
     python tools/sanitize.py none                   # CPU, none: a quick test of the kernels alone
-    python tools/sanitize.py address,undefined --emulate  # the GPU's kernels on the CPU
+    python tools/sanitize.py address --emulate      # the GPU's kernels on the CPU; 12 minutes
     CXX=aarch64-linux-gnu-g++ python tools/sanitize.py none --emulator qemu-aarch64  # another CPU
 
 Each instruction set that the processor has is run. ``--emulate`` needs no GPU, only the CUDA
