@@ -241,3 +241,57 @@ def test_more_than_65535_where_queries_are_pixels(kernel):
     results = run(kernel, inputs)
     for head in (0, 65_535, 65_536, 69_999):
         check_part(kernel, inputs, results, 0, ALL, head, whole=True)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
+def test_longest_level(kernel, tall, deterministic):
+    """2^31 - 1 pixels in a row or a column. The points lie at its start, its middle and its end;
+    what is there is compared with a level of its own in float64."""
+    need(25)
+    pixels, part = LIMIT - 1, 2**17
+    starts = (0, LIMIT // 2 - 54321, pixels - part)
+    along = 1 if tall else 0  # the coordinate that matters
+    shape = (pixels, 1) if tall else (1, pixels)
+    inputs = make("ms_deform_attn", 1, 300, 1, 1, (shape,), 4)
+    # Float locations, as they have to be exact to a pixel; some lie outside of the level.
+    locations = inputs.sampling_locations.float()
+    for i, start in enumerate(starts):
+        x = locations[:, i::3, ..., along]
+        x = x * 1.01 - 0.02 if i == 0 else x * 0.98 + 0.01 + (i == 2) * 0.02
+        locations[:, i::3, ..., along] = ((x.double() * part + start) / pixels).float()
+    inputs = replace(inputs, sampling_locations=locations)
+    output, grad_value, grad_locations, grad_weights = run(kernel, inputs, deterministic)
+
+    touched = 0
+    for i, start in enumerate(starts):
+        queries = slice(i, None, 3)
+        here = slice(start, start + part)
+        locations = inputs.sampling_locations.detach()[:, queries].double()
+        locations[..., along] = (locations[..., along] * pixels - start) / part
+        crop = replace(
+            inputs,
+            value=inputs.value.detach()[:, here].double(),
+            spatial_shapes=torch.tensor([[part, 1] if tall else [1, part]], device="cuda"),
+            sampling_locations=locations,
+            attention_weights=inputs.attention_weights.detach()[:, queries].double(),
+            grad_output=inputs.grad_output[:, queries].double(),
+        ).require_grad()
+        expected = kernel.reference.ms_deform_attn(*crop.args)
+        grads = torch.autograd.grad(expected, crop.differentiable(), crop.grad_output)
+        grads[1][..., along] *= pixels / part
+        assert_close(output[:, queries], expected, "output")
+        assert_close(grad_value[:, here], grads[0], "grad_value")
+        assert_close(grad_locations[:, queries], grads[1], "grad_sampling_locations")
+        assert_close(grad_weights[:, queries], grads[2], "grad_attention_weights")
+        touched += grad_value[:, here].count_nonzero()
+    assert grad_value.count_nonzero() == touched
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_one_query_with_many_points(kernel, deterministic):
+    """2^24 in two levels; in float64, as so long a sum has no accuracy in float32."""
+    need(40)
+    inputs = make("ms_deform_attn", 1, 1, 1, 8, ((50, 60), (7, 5)), 2**23, torch.float64)
+    results = run(kernel, inputs, deterministic)
+    check_part(kernel, inputs, results, 0, ALL, 0, whole=True)

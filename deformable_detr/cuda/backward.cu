@@ -47,7 +47,7 @@ template <typename scalar_t>
 __device__ __forceinline__ Softmax<acc_t<scalar_t>>* softmaxes(const BackwardParams& p) {
   return static_cast<Softmax<acc_t<scalar_t>>*>(p.scratch);
 }
-int64_t softmax_bytes(const BackwardParams& p) {
+__host__ __device__ inline int64_t softmax_bytes(const BackwardParams& p) {
   if (!p.reference_points) return 0;
   const int64_t one =
       p.value_dtype == DType::f64 ? sizeof(Softmax<double>) : sizeof(Softmax<float>);
@@ -574,42 +574,36 @@ struct alignas(16) Reach {
 constexpr int kReachQueries = 128;
 constexpr int kReachThreads = 256;
 
-int32_t reach_chunks(const Params& p) {
+// Where there are more points than a block holds at once.
+bool has_reaches(const Params& p) { return max_level_points(p) > kMaxFound * kGatherWarps; }
+
+// The table of reaches: [batch, heads, levels, chunks], in scratch behind the softmaxes.
+__host__ __device__ inline int32_t reach_chunks(const Params& p) {
   return static_cast<int32_t>(ceil_div<int64_t>(p.queries, kReachQueries));
+}
+__host__ __device__ inline int64_t reach_offset(const BackwardParams& p) {
+  return ceil_div<int64_t>(softmax_bytes(p), alignof(Reach)) * alignof(Reach);
 }
 int64_t reach_bytes(const Params& p) {
   return p.batch * p.heads * p.levels * reach_chunks(p) * sizeof(Reach);
 }
-// Where there are more points than a block holds at once.
-bool has_reaches(const Params& p) { return max_level_points(p) > kMaxFound * kGatherWarps; }
-
-// [batch, heads, levels, chunks], in scratch behind the softmaxes.
-int64_t reach_offset(const BackwardParams& p) {
-  return ceil_div<int64_t>(softmax_bytes(p), 16) * 16;
-}
-
-template <typename scalar_t, Source kSource>
-__device__ __forceinline__ Reach* reach_table(const BackwardParams& p) {
-  int64_t offset = 0;
-  if (kIsFused<kSource>) {
-    offset = p.batch * p.queries * p.heads * sizeof(Softmax<acc_t<scalar_t>>);
-    offset = ceil_div<int64_t>(offset, sizeof(Reach)) * sizeof(Reach);
-  }
-  return reinterpret_cast<Reach*>(static_cast<char*>(p.scratch) + offset);
+__device__ __forceinline__ Reach* reaches_of(const BackwardParams& p, int64_t batch, int32_t head,
+                                             int32_t level) {
+  Reach* table = reinterpret_cast<Reach*>(static_cast<char*>(p.scratch) + reach_offset(p));
+  return table + ((batch * p.heads + head) * p.levels + level) * reach_chunks(p);
 }
 
 // Each warp serves kReachQueries queries of a (batch, head, level).
 template <typename scalar_t, Source kSource>
 __global__ void __launch_bounds__(kReachThreads)
     reach_kernel(const __grid_constant__ BackwardParams p) {
-  const int32_t chunks = static_cast<int32_t>(ceil_div<int64_t>(p.queries, kReachQueries));
   const int lane = threadIdx.x % 32;
   int64_t warp = int64_t(blockIdx.x) * (kReachThreads / 32) + threadIdx.x / 32;
   const int32_t level_index = static_cast<int32_t>(warp % p.levels);
   warp /= p.levels;
   const int32_t head = static_cast<int32_t>(warp % p.heads);
   const int64_t chunk = warp / p.heads, batch = p.first_batch + blockIdx.z;
-  if (chunk >= chunks) return;
+  if (chunk >= reach_chunks(p)) return;
 
   const auto level = LevelLoader<LevelOf<scalar_t, kSource>>::read(p, level_index);
   int32_t first_point = 0;
@@ -638,10 +632,7 @@ __global__ void __launch_bounds__(kReachThreads)
     reach.last.row = max(reach.last.row, other(reach.last.row));
     reach.last.column = max(reach.last.column, other(reach.last.column));
   }
-  if (lane == 0) {
-    const int64_t row = (batch * p.heads + head) * p.levels + level_index;
-    reach_table<scalar_t, kSource>(p)[row * chunks + chunk] = reach;
-  }
+  if (lane == 0) reaches_of(p, batch, head, level_index)[chunk] = reach;
 }
 
 // ---------------------------------------------------------------------------------- gather: kernel
@@ -683,6 +674,7 @@ struct GatherMemory {
 };
 
 // The sum of x over the block's threads before this one; `all` becomes that over all of them.
+// Between two calls the block has to meet.
 template <int kWarps>
 __device__ __forceinline__ int32_t sum_before(int32_t x, int32_t& all) {
   __shared__ int32_t warp_sums[kWarps];
@@ -693,7 +685,6 @@ __device__ __forceinline__ int32_t sum_before(int32_t x, int32_t& all) {
     const int32_t other = __shfl_up_sync(0xffffffff, sum, offset);
     if (lane >= offset) sum += other;
   }
-  __syncthreads();
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
   all = 0;
@@ -788,11 +779,7 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
 
     // Each warp looks at groups of 32 points: every kGatherWarps-th one, or where it is known what
     // kReachQueries queries reach, all of those.
-    const Reach* reaches =
-        slicing.reach_chunks > 0
-            ? reach_table<scalar_t, kSource>(p) +
-                  ((batch * p.heads + head) * p.levels + own) * slicing.reach_chunks
-            : nullptr;
+    const Reach* reaches = slicing.reach_chunks > 0 ? reaches_of(p, batch, head, own) : nullptr;
     const int32_t step = reaches ? 32 : kGatherThreads;
     int32_t chunk = reaches ? warp : slicing.reach_chunks;  // of queries, the next one
     int32_t next = reaches ? 0 : warp * 32, end = reaches ? 0 : total;
@@ -862,6 +849,14 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
       }
       more = __syncthreads_or(next < end || chunk < slicing.reach_chunks);
       too_many = first_round && more && pixels > slicing.kept_pixels;
+      if (threadIdx.x == 0 && first_round) {
+        if (too_many) {
+          part.halve();
+        } else if (!part.next()) {
+          slice_index += gridDim.x / rows;
+          part.start(p, shared.levels, shared.slices, slice_index);
+        }
+      }
       if (too_many) break;
       direct = first_round && !more && copies == 1;
 
@@ -1019,14 +1014,6 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
           for (int c = 0; c < kVec; ++c) sum[c] += kept[c];
         }
         store(pixel, sum);
-      }
-    }
-    if (threadIdx.x == 0) {
-      if (too_many) {
-        part.halve();
-      } else if (!part.next()) {
-        slice_index += gridDim.x / rows;
-        part.start(p, shared.levels, shared.slices, slice_index);
       }
     }
     __syncthreads();
@@ -1217,9 +1204,10 @@ AddMethod find_method(const BackwardParams& p) {
   // Where points are few and pixels are many, that costs more than looking for points.
   const int64_t elements = p.batch * p.spatial_size * p.heads * p.channels;
   const int64_t points = max_level_points(p);
-  const bool gather = is_half(p.value_dtype)
-                          ? points <= 4096 && elements >= (points <= 2048 ? 1 << 22 : 1 << 23)
-                          : points <= 2048 && points >= 1024 && elements >= 1 << 24;
+  const bool gather =
+      is_half(p.value_dtype)
+          ? points <= 4096 && elements >= (points <= 2048 ? 1 << 22 : 1 << 23)
+          : points >= 1024 && points <= 4096 && elements >= (points <= 2048 ? 1 << 24 : 1 << 23);
   return gather ? AddMethod::gather : AddMethod::direct;
 }
 
@@ -1332,6 +1320,11 @@ const char* launch_gather(const BackwardParams& p, void* stream) {
   const int of_each = std::max(of_multiprocessor / kGatherBlocks, 48 * 1024);
   shrink(std::min(of_block, of_each) - kStaticBytes, kMinFound, kFewSlicePixels);
   shrink(of_block - kStaticBytes, 32, 2);
+  // As many slices of a level that the points near each fit, if they are spread out. Halving a
+  // slice instead takes another look at all points.
+  if (!has_reaches(p) && points > slicing.slots()) {
+    slicing.fewest = static_cast<int32_t>(ceil_div<int64_t>(4 * points, 3 * slicing.slots()));
+  }
   const int64_t blocks = std::min<int64_t>(slicing.slices(p), INT32_MAX / rows) * rows;
   const bool overlap = major >= 9;
   return with_source<scalar_t>(p, [&](auto source) {
