@@ -14,6 +14,8 @@
 // Nearest sampling (RT-DETRv2's "discrete") takes one pixel whole: (floor(x * width + 0.5),
 // floor(y * height + 0.5)), moved into the map. Its gradient by location is zero: d_location_x and
 // d_location_y are of bilinear sampling only.
+//
+// Rows and columns are counted in acc_t: in float up to 2^24.
 #pragma once
 
 #include <cmath>

@@ -125,6 +125,8 @@ bool is_int64(const char* name, const Tensor& tensor) {
 
 // ---------------------------------------------------------------------------------- level metadata
 
+constexpr int64_t kMostSide = 1 << 24;  // in float32: see bilinear.h
+
 // Only for metadata on the CPU. On a GPU the kernels guard themselves.
 void check_levels(const Params& params) {
   int64_t total = 0;
@@ -139,6 +141,9 @@ void check_levels(const Params& params) {
     check(read_level(params, level).height > 0, "spatial_shapes has ", height, " * ", width,
           " pixels for level ", level, ", expected at most ", params.spatial_size - start,
           ": value.size(1)=", params.spatial_size, " less its start ", start);
+    check(std::max(height, width) <= kMostSide || params.value_dtype == DType::f64,
+          "spatial_shapes has (", height, ", ", width, ") for level ", level,
+          ", expected at most 2^24, which float32 can count (float64 values: any)");
     total += height * width;
   }
   check(total == params.spatial_size, "spatial_shapes sums to ", total,

@@ -1,4 +1,5 @@
-"""Tensors of more than 2^31 elements, and grids beyond their limits: on a GPU with the memory.
+"""Tensors of more than 2^31 elements, grids beyond their limits, the longest levels: most of it on
+a GPU with the memory.
 
 Sampled rows and whole (batch, head) maps are compared with the reference in float64. What is too
 much for that is held to an identity: the output is linear in value, so that
@@ -9,7 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import FusedInputs, Inputs, assert_close, level_tensors
+from cases import (
+    TOLERANCES,
+    FusedInputs,
+    Inputs,
+    assert_close,
+    level_tensors,
+    relative_error,
+)
 
 GIGABYTE = 10**9
 LIMIT = 2**31
@@ -31,12 +39,23 @@ def need(gigabytes):
         pytest.skip(f"{free / GIGABYTE:.0f} GB are free on the GPU, {gigabytes} are needed")
 
 
-def make(operator, batch, queries, heads, channels, shapes, points, dtype=HALF, coordinates=2):
-    """An operator's inputs, drawn on the GPU. coordinates: of the reference points, if fused."""
-    generator = torch.Generator("cuda").manual_seed(0)
+def make(
+    operator,
+    batch,
+    queries,
+    heads,
+    channels,
+    shapes,
+    points,
+    dtype=HALF,
+    coordinates=2,
+    device="cuda",
+):
+    """An operator's inputs, drawn on the device. coordinates: of the reference points, if fused."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(function, *size):
-        return function(size, generator=generator, dtype=dtype, device="cuda")
+        return function(size, generator=generator, dtype=dtype, device=device)
 
     value = draw(torch.randn, batch, sum(h * w for h, w in shapes), heads, channels)
     of_points = (batch, queries, heads, len(shapes), points)
@@ -49,7 +68,7 @@ def make(operator, batch, queries, heads, channels, shapes, points, dtype=HALF, 
         points = [reference, draw(torch.randn, *of_points, 2), draw(torch.randn, *of_points)]
     # So that no gradient of a location on a wide map is beyond the largest half.
     grad_output = draw(torch.randn, batch, queries, heads * channels) / 32
-    return kind(value, *level_tensors(shapes, "cuda"), *points, grad_output)
+    return kind(value, *level_tensors(shapes, device), *points, grad_output)
 
 
 def name_of(inputs):
@@ -243,25 +262,27 @@ def test_more_than_65535_where_queries_are_pixels(kernel):
         check_part(kernel, inputs, results, 0, ALL, head, whole=True)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
-def test_longest_level(kernel, tall, deterministic):
-    """2^31 - 1 pixels in a row or a column. The points lie at its start, its middle and its end;
-    what is there is compared with a level of its own in float64."""
-    need(25)
-    pixels, part = LIMIT - 1, 2**17
-    starts = (0, LIMIT // 2 - 54321, pixels - part)
+def check_long_level(kernel, device, pixels, dtype, tall, deterministic, tolerance):
+    """A level with one row or column of this many pixels. The points lie at its start, its middle
+    and its end; what is there is compared with a level of its own in float64."""
+    part = 2**17
+    starts = (0, pixels // 2 - 54321, pixels - part)
     along = 1 if tall else 0  # the coordinate that matters
     shape = (pixels, 1) if tall else (1, pixels)
-    inputs = make("ms_deform_attn", 1, 300, 1, 1, (shape,), 4)
-    # Float locations, as they have to be exact to a pixel; some lie outside of the level.
-    locations = inputs.sampling_locations.float()
+    inputs = make("ms_deform_attn", 1, 300, 1, 1, (shape,), 4, dtype, device=device)
+    # Float locations, as halves are too far apart; some lie outside of the level.
+    locations_dtype = torch.promote_types(dtype, torch.float32)
+    locations = inputs.sampling_locations.to(locations_dtype)
     for i, start in enumerate(starts):
         x = locations[:, i::3, ..., along]
         x = x * 1.01 - 0.02 if i == 0 else x * 0.98 + 0.01 + (i == 2) * 0.02
-        locations[:, i::3, ..., along] = ((x.double() * part + start) / pixels).float()
+        locations[:, i::3, ..., along] = ((x.double() * part + start) / pixels).to(locations_dtype)
     inputs = replace(inputs, sampling_locations=locations)
     output, grad_value, grad_locations, grad_weights = run(kernel, inputs, deterministic)
+
+    def check(name, actual, expected):
+        error = relative_error(actual.detach(), expected.detach())
+        assert error <= tolerance, f"{name} is off by {error:.1e}"
 
     touched = 0
     for i, start in enumerate(starts):
@@ -272,7 +293,7 @@ def test_longest_level(kernel, tall, deterministic):
         crop = replace(
             inputs,
             value=inputs.value.detach()[:, here].double(),
-            spatial_shapes=torch.tensor([[part, 1] if tall else [1, part]], device="cuda"),
+            spatial_shapes=torch.tensor([[part, 1] if tall else [1, part]], device=device),
             sampling_locations=locations,
             attention_weights=inputs.attention_weights.detach()[:, queries].double(),
             grad_output=inputs.grad_output[:, queries].double(),
@@ -280,12 +301,36 @@ def test_longest_level(kernel, tall, deterministic):
         expected = kernel.reference.ms_deform_attn(*crop.args)
         grads = torch.autograd.grad(expected, crop.differentiable(), crop.grad_output)
         grads[1][..., along] *= pixels / part
-        assert_close(output[:, queries], expected, "output")
-        assert_close(grad_value[:, here], grads[0], "grad_value")
-        assert_close(grad_locations[:, queries], grads[1], "grad_sampling_locations")
-        assert_close(grad_weights[:, queries], grads[2], "grad_attention_weights")
+        check("output", output[:, queries], expected)
+        check("grad_value", grad_value[:, here], grads[0])
+        check("grad_sampling_locations", grad_locations[:, queries], grads[1])
+        check("grad_attention_weights", grad_weights[:, queries], grads[2])
         touched += grad_value[:, here].count_nonzero()
     assert grad_value.count_nonzero() == touched
+
+
+TALL = pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@TALL
+def test_longest_level(kernel, tall, deterministic):
+    need(60)
+    # In float64, which counts them all. The crops' locations are rounded: hence the tolerance.
+    check_long_level(kernel, "cuda", LIMIT - 1, torch.float64, tall, deterministic, 1e-6)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@TALL
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_longest_level_in_float32(kernel, device, dtype, tall, deterministic):
+    check_long_level(kernel, device, 2**24, dtype, tall, deterministic, TOLERANCES[dtype])
+
+
+def test_level_too_long_for_float32(kernel):
+    inputs = make("ms_deform_attn", 1, 1, 1, 1, ((1, 2**24 + 1),), 1, device="cpu")
+    with pytest.raises(RuntimeError, match=r"spatial_shapes has \(1, 16777217\) .* at most 2\^24"):
+        kernel.ms_deform_attn(*inputs.args)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

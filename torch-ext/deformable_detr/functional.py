@@ -28,7 +28,8 @@ def ms_deform_attn(
     Args:
         value: (batch, sum(h*w), heads, channels), float32, float16, bfloat16 or float64; the
             levels' maps, flattened row by row, one after the other.
-        spatial_shapes: (levels, 2), int64 or int32, the (h, w) of each level in pixels.
+        spatial_shapes: (levels, 2), int64 or int32, the (h, w) of each level in pixels, each at
+            most 2^24 unless ``value`` is float64.
         level_start_index: (levels,), int64 or int32, where each level starts in ``value``'s
             dimension 1.
         sampling_locations: (batch, queries, heads, levels, points, 2), ``value``'s dtype or
