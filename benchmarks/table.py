@@ -127,7 +127,7 @@ def build_markdown(records: list[dict]) -> str:
     details = [f"torch {env['torch']}", ours[0]["ts"][:10]]
     if "copy_gb_per_s" in env:
         details.append(f"copies at {env['copy_gb_per_s']:.0f} GB/s")
-    for name, title in (("driver_version", "driver"), ("clocks.sm", "SM clock")):
+    for name, title in (("driver_version", "driver"), ("clocks.max.sm", "SM clock up to")):
         if name in env.get("nvidia_smi", {}):
             details.append(f"{title} {env['nvidia_smi'][name]}")
     lines = [f"{environment.device_name(env)}: {', '.join(details)}.", ""]
