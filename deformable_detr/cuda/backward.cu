@@ -145,12 +145,13 @@ struct Kept {
   }
 };
 
-// kAdd: adds to grad_value, too.
-template <typename scalar_t, Source kSource, int kVec, int kLanes, bool kAdd>
+// kAdd: adds to grad_value, too. kSplit: groups of lanes that share a row's points.
+template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, bool kAdd>
 __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     points_kernel(const __grid_constant__ BackwardParams p) {
   using acc = acc_t<scalar_t>;
-  using Layout = cuda::Layout<kLanes, 1>;
+  using Layout = cuda::Layout<kLanes, kSplit>;
+  constexpr int kTeam = Layout::kTeam;
   using Row = Vec<scalar_t, kVec>;
   using Rows = cuda::Rows<scalar_t, kVec>;
   constexpr bool kFused = kIsFused<kSource>;
@@ -160,10 +161,10 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   __shared__ PerCorner<acc> dots[Layout::kSlots];  // of grad_output with value at each corner
   LevelOf<scalar_t, kSource>* levels = reinterpret_cast<LevelOf<scalar_t, kSource>*>(memory);
   const Kept<acc, Layout::kTeams> kept{reinterpret_cast<acc*>(levels + p.levels) +
-                                       threadIdx.x / kLanes};
+                                       threadIdx.x / kTeam};
 
   let_next_kernel_start();
-  const int lane = threadIdx.x % kLanes;
+  const int lane = threadIdx.x % kTeam, group = lane / kLanes;
   const int32_t all_points = p.points;
   const int first_slot = Layout::first_slot();
   const int own_slot = first_slot + lane * Layout::kPitch;
@@ -187,13 +188,13 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   Softmax<acc> softmax;
   acc kept_sum = 0;  // of weight times its gradient, over this lane's points
   if constexpr (kFused) {
-    softmax = find_softmax<scalar_t, kLanes>(p, work.row);
+    softmax = find_softmax<scalar_t, kTeam>(p, work.row);
     if (!kAdd && lane == 0 && work.active()) softmaxes<scalar_t>(p)[work.row] = softmax;
   }
 
   const int64_t origin = (work.batch * p.spatial_size * p.heads + work.head) * p.channels;
   PointCursor cursor(p, lane);
-  for (int32_t first = 0; first < all_points; first += kLanes) {
+  for (int32_t first = 0; first < all_points; first += kTeam) {
     // Each lane works out one point.
     const bool has_point = first + lane < work.points;
     Corners<acc> corners;
@@ -208,8 +209,8 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         reference = next.reference(p, cursor.level);
       }
     }
-    next.skip(p, kLanes);
-    if (first + kLanes + lane < work.points) next.read(p);
+    next.skip(p, kTeam);
+    if (first + kTeam + lane < work.points) next.read(p);
     __syncwarp();
     offsets[own_slot] = Rows::offsets(p, corners.pixel);
     if constexpr (kAdd) {
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
 
     // The team walks over the channels, and for each part of them over the points.
     for (int32_t part = 0; part < p.channels; part += kLanes * kVec) {
-      const int32_t channel = part + lane * kVec;
+      const int32_t channel = part + lane % kLanes * kVec;
       const bool has_channel = work.active() && channel < p.channels;
       const scalar_t* value = settled(static_cast<const scalar_t*>(p.value) + origin + channel);
       acc* grad_value = settled(static_cast<acc*>(p.grad_value) + origin + channel);
@@ -233,8 +234,9 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
       Row corner[4];  // outside: not loaded, and the dot product not used
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) {
-        if (i % 4 == 0 && first + i >= all_points) break;
-        const int4 offset = offsets[first_slot + i * Layout::kPitch];
+        if (i * kSplit % 4 == 0 && first + i * kSplit >= all_points) break;
+        const int slot = first_slot + (i * kSplit + group) * Layout::kPitch;
+        const int4 offset = offsets[slot];
         const int32_t offset_of[4] = {offset.x, offset.y, offset.z, offset.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -250,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
 #pragma unroll
           for (int c = 0; c < kVec; ++c) dot[j] += grad[c] * x[c];
           if constexpr (kAdd) {
-            const acc share = shares[first_slot + i * Layout::kPitch].corner[j];
+            const acc share = shares[slot].corner[j];
             acc add[kVec];
 #pragma unroll
             for (int c = 0; c < kVec; ++c) add[c] = grad[c] * share;
@@ -262,8 +264,8 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         reduce_corners<kLanes>(dot, lane);
 #pragma unroll
         for (int j = 0; j < 4; j += kLanes) {
-          if (lane + j < 4) {
-            dots[first_slot + i * Layout::kPitch].corner[lane + j] += dot[j / kLanes];
+          if (lane % kLanes + j < 4) {
+            dots[slot].corner[lane % kLanes + j] += dot[j / kLanes];
           }
         }
       }
@@ -308,17 +310,17 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         }
       }
     }
-    cursor.advance(p, kLanes);
+    cursor.advance(p, kTeam);
   }
 
   if constexpr (kFused) {
     // grad_logit = weight * (grad_weight - sum of weight * grad_weight).
 #pragma unroll
-    for (int offset = 1; offset < kLanes; offset *= 2) {
+    for (int offset = 1; offset < kTeam; offset *= 2) {
       kept_sum += __shfl_xor_sync(0xffffffff, kept_sum, offset);
     }
     __syncwarp();
-    for (int32_t i = lane; i < work.points; i += kLanes) {
+    for (int32_t i = lane; i < work.points; i += kTeam) {
       const int64_t point = work.row * all_points + i;
       const acc weight =
           softmax.weight(load_operand<scalar_t>(p.attention_weights, p.weights_dtype, point));
@@ -326,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     }
     if (p.grad_reference_points && work.active()) {
       const int32_t numbers = p.reference_levels * p.reference_coordinates;
-      for (int32_t i = lane; i < numbers; i += kLanes) {
+      for (int32_t i = lane; i < numbers; i += kTeam) {
         const int32_t level = i / p.reference_coordinates;
         const int number = i - level * p.reference_coordinates + 1;
         int32_t point = 0;
@@ -1235,13 +1237,13 @@ const char* allow_shared_memory(Kernel kernel, int64_t bytes, const char* too_mu
 constexpr char kTooManyPoints[] =
     "attention_logits has too many points for the shared memory of this GPU";
 
-template <typename scalar_t, int kVec, int kLanes, bool kAdd>
+template <typename scalar_t, int kVec, int kLanes, int kSplit, bool kAdd>
 const char* launch_points(const BackwardParams& p, void* stream) {
-  using Layout = cuda::Layout<kLanes, 1>;
+  using Layout = cuda::Layout<kLanes, kSplit>;
   return with_source<scalar_t>(p, [&](auto source) {
     const int64_t bytes = p.levels * sizeof(LevelOf<scalar_t, source.value>) +
                           Kept<acc_t<scalar_t>, Layout::kTeams>::bytes(p);
-    const auto kernel = points_kernel<scalar_t, source.value, kVec, kLanes, kAdd>;
+    const auto kernel = points_kernel<scalar_t, source.value, kVec, kLanes, kSplit, kAdd>;
     const char* error = allow_shared_memory(kernel, bytes, kTooManyPoints);
     if (error) return error;
     return launch(kernel, p, tile_blocks<Layout>(p, 1), head_blocks<Layout>(p), kThreads, bytes,
@@ -1340,22 +1342,34 @@ const char* launch_gather(const BackwardParams& p, void* stream) {
 // function(vector, lanes): how a row is held, or a part of it: in vectors of up to kMax channels.
 template <typename scalar_t, int kMax, typename Function>
 const char* with_row(const Params& p, Function&& function) {
-  using One = std::integral_constant<int, 1>;
-  if (p.channels % kMax != 0 || !Rows<scalar_t, kMax>::fits(p)) {
-    return function(One{}, std::integral_constant<int, 32>{});
+  // Rows of double are long enough as they are.
+  if constexpr (sizeof(scalar_t) < sizeof(double)) {
+    if (p.channels % kMax == 0 && Rows<scalar_t, kMax>::fits(p)) {
+      return with_lanes<2, 8>(p.channels / kMax, [&](auto lanes) {
+        return function(std::integral_constant<int, kMax>{}, lanes);
+      });
+    }
   }
-  return with_lanes<2, 8>(p.channels / kMax, [&](auto lanes) {
-    return function(std::integral_constant<int, kMax>{}, lanes);
-  });
+  return function(std::integral_constant<int, 1>{}, std::integral_constant<int, 32>{});
 }
+
+constexpr int kSharing = 16;   // lanes that share a row's points, where rows are few
+constexpr int kFewPoints = 8;  // of a row, too few to share
 
 template <typename scalar_t, int kMax, bool kAdd>
 const char* launch_points(const BackwardParams& p, void* stream) {
   const char* error = with_row<scalar_t, kMax>(p, [&](auto vec, auto lanes) {
-    return launch_points<scalar_t, vec.value, lanes.value, kAdd>(p, stream);
+    constexpr int kVec = vec.value, kLanes = lanes.value;
+    // In the kernels for the 32 channels that most models have, so that the library stays small.
+    if constexpr (kVec * kLanes == 32 && kVec > 1) {
+      if (p.batch * p.queries * p.heads <= kFewRows && p.points > kFewPoints) {
+        return launch_points<scalar_t, kVec, kLanes, kSharing / kLanes, kAdd>(p, stream);
+      }
+    }
+    return launch_points<scalar_t, kVec, kLanes, 1, kAdd>(p, stream);
   });
   // Fused, a block keeps its rows' points: then fewer rows a block.
-  return error == kTooManyPoints ? launch_points<scalar_t, 1, 32, kAdd>(p, stream) : error;
+  return error == kTooManyPoints ? launch_points<scalar_t, 1, 32, 1, kAdd>(p, stream) : error;
 }
 
 }  // namespace

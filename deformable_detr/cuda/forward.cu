@@ -196,9 +196,7 @@ const char* launch_forward(const Params& p, int tiles, void* stream) {
   });
 }
 
-// Below kFewRows a GPU has lanes to spare: where rows are short, four groups of lanes share the
-// points of one. Below kManyRows it waits for memory more than for anything else.
-constexpr int64_t kFewRows = 16384;
+// Below this it waits for memory more than for anything else.
 constexpr int64_t kManyRows = 131072;
 
 }  // namespace

@@ -21,6 +21,8 @@ namespace ms_deform_attn::cuda {
 constexpr int kThreads = 256;
 constexpr int kMaxLevels = 1024;
 constexpr int64_t kMaxBlocksYZ = 65535;
+// With fewer rows a GPU has lanes to spare: groups of them share a row's points.
+constexpr int64_t kFewRows = 16384;
 
 template <typename integer_t>
 __host__ __device__ constexpr integer_t ceil_div(integer_t a, integer_t b) {
