@@ -33,7 +33,7 @@ from .checks import Expected, Verdict
 from .implementations import IMPLEMENTATIONS
 from .operators import Operator
 from .records import Results, failed
-from .timing import Effort, in_turn, summarize, time_device, time_latency, timed_call
+from .timing import Effort, in_turn, summarize, time_device, time_latency, timed_call, warm_up
 from .workloads import WORKLOADS, Draw, draw_sets
 
 # Of values, and of locations and weights: under autocast only value is half.
@@ -298,10 +298,12 @@ def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> 
                     peak_bytes = case.inputs_bytes + kept + _peak(calls.timed, case.device)
             if on_gpu and (len(timed) + 1) * kept > KEPT_SHARE * _memory(case.device):
                 break  # the next graph might not fit
+        call, warmup = in_turn(timed), len(timed) + (1 if on_gpu else 0)
+        if on_gpu and pass_name == "latency":
+            warmup += warm_up(call, case.device)
         timer = time_device if on_gpu and pass_name != "latency" else time_latency
-        times = timer(in_turn(timed), case.device, effort)
+        times = timer(call, case.device, effort)
     verdict = reduce(Verdict.worse, verdicts)
-    warmup = len(timed) + (1 if on_gpu else 0)
     return {
         "lat_ms": {**summarize(times, warmup), "sets": len(timed)},
         "compile_ms": first_ms,  # as there: the first call, whatever it has to get ready

@@ -14,6 +14,7 @@ T = TypeVar("T")
 ROUND = 20  # GPU calls enqueued at once
 LONGEST_SLEEP_MS = 20.0
 CYCLES_PER_MS = 2_000_000  # of a GPU, about
+WARM_UP_MS = 100.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,18 @@ def timed_call(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     result = call()
     synchronize(device)
     return result, (time.perf_counter() - start) * 1e3
+
+
+def warm_up(call: Callable[[], object], device: torch.device) -> int:
+    """Calls for ``WARM_UP_MS``, waiting for each call, and returns how often.
+
+    Then caches and clocks, of processor and GPU, are as in a program that calls it all the time.
+    """
+    calls, left_ms = 0, WARM_UP_MS
+    while left_ms > 0:
+        left_ms -= timed_call(call, device)[1]
+        calls += 1
+    return calls
 
 
 def time_latency(call: Callable[[], object], device: torch.device, effort: Effort) -> list[float]:

@@ -229,6 +229,18 @@ def test_a_gpu_sleeps_while_a_round_is_enqueued(monkeypatch):
     assert 4 <= first <= 20 and second == pytest.approx(min(1.5 * first, 20))
 
 
+def test_latency_is_warmed_up_for_a_while():
+    times = []
+
+    def call():
+        begin = time.perf_counter()
+        time.sleep(0.004)
+        times.append((time.perf_counter() - begin) * 1e3)
+
+    assert timing.warm_up(call, CPU) == len(times)
+    assert sum(times[:-1]) < timing.WARM_UP_MS <= sum(times) + len(times)
+
+
 class TestResume:
     def test_measures_what_is_missing(self, run, tmp_path):
         options = ("--impls", BASELINE, "--passes", "forward", "backward")
