@@ -50,7 +50,7 @@ QUOTED_MODELS = {
     "mask2former_b2": ("float32", "bfloat16_autocast"),
     "rt_detr_b1": ("float16",),
 }
-RIVAL = "grid_sample"
+RIVALS = {"grid_sample": "grid_sample fp32", "grid_sample_compiled": "compiled"}
 PICTURED = ("speedup", "roofline", "models")
 
 
@@ -89,11 +89,13 @@ def operator() -> list[str]:
     records = suite()
     times = {(record["impl"], *case_of(record)): record for record in records}
     passes = ("forward", "backward")
-    rival = any(implementation == RIVAL for implementation, *_ in times)
+    rivals = [
+        name for name in RIVALS if any(name == implementation for implementation, *_ in times)
+    ]
     head = ["workload"]
     for name in passes:
         head += [f"{name}: fp32", "fp16", "bf16", "of ceiling"]
-        head += [f"{RIVAL} fp32"] if rival else []
+        head += [RIVALS[rival] for rival in rivals]
     rows = []
     for workload in QUOTED_WORKLOADS:
         row = [workload]
@@ -102,14 +104,13 @@ def operator() -> list[str]:
             row += [_time(record) for record in ours]
             right = [r for r in ours if r is not None and r["ok"] and r["ceiling_ms"]]
             row.append(_range([r["lat_ms"]["p50"] / r["ceiling_ms"] for r in right]))
-            if rival:
-                row.append(_time(times.get((RIVAL, workload, "float32", name))))
+            row += [_time(times.get((rival, workload, "float32", name))) for rival in rivals]
         rows.append(row)
     about = (
         f"{machine(records)}; median device time in µs, L2 flushed before each call"
         f"{_sets(records)}, backward with its allocation, clearing and conversion; each result "
         "checked against float64. Ceiling: the time over that of the forward's loads alone, "
-        "backward over twice that. Every "
+        "backward over twice that. Compiled: grid_sample under torch.compile, in fp32. Every "
         f"workload: `{RESULTS.relative_to(ROOT)}/{RUN}-{{{','.join(DTYPES)}}}.jsonl`."
     )
     return [*_filled(about), "", *markdown_table(head, rows), "", *_filled(_fused(times))]
