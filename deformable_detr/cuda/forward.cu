@@ -196,7 +196,7 @@ const char* launch_forward(const Params& p, int tiles, void* stream) {
   });
 }
 
-// Below this it waits for memory more than for anything else.
+// With fewer rows a GPU waits for memory more than for anything else.
 constexpr int64_t kManyRows = 131072;
 
 }  // namespace
