@@ -1,46 +1,11 @@
 // Multi-scale deformable attention on the GPU, forward: output = sum over points of
 // weight * (bilinear sample of value). launch.cuh tells how teams of lanes share the work.
-#include <limits>
 
 #include "deformable_detr/cuda/launch.cuh"
+#include "deformable_detr/cuda/softmax.cuh"
 
 namespace ms_deform_attn::cuda {
 namespace {
-
-// ----------------------------------------------------------------------------------------- softmax
-
-// The softmax over a row's points, as they come: each lane of the team takes one, and then the
-// next.
-template <typename acc, int kTeam>
-struct RunningSoftmax {
-  acc largest = std::numeric_limits<acc>::lowest();  // so that exp(-inf - largest) is zero
-  acc sum = 0;  // of exp(logit - largest), of this lane's points
-
-  // exp(logit - largest), where -inf is for a lane without a point. A sum of products with what was
-  // returned before is to be multiplied by `shrink`. The whole warp takes part.
-  __device__ __forceinline__ acc take(acc logit, acc& shrink) {
-    acc larger = max(largest, logit);
-#pragma unroll
-    for (int offset = 1; offset < kTeam; offset *= 2) {
-      larger = max(larger, __shfl_xor_sync(0xffffffff, larger, offset));
-    }
-    shrink = exponential(largest - larger);
-    largest = larger;
-    const acc taken = exponential(logit - largest);
-    sum = sum * shrink + taken;
-    return taken;
-  }
-
-  // What makes a weight of what take() returned.
-  __device__ __forceinline__ acc scale() const {
-    acc all = sum;
-#pragma unroll
-    for (int offset = 1; offset < kTeam; offset *= 2) {
-      all += __shfl_xor_sync(0xffffffff, all, offset);
-    }
-    return 1 / all;
-  }
-};
 
 // ------------------------------------------------------------------------------------------ kernel
 
