@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -37,6 +38,12 @@ struct Accumulate<double> {
 };
 template <typename scalar_t>
 using acc_t = typename Accumulate<scalar_t>::type;
+
+template <typename scalar_t>
+constexpr DType kDType = std::is_same_v<scalar_t, double>   ? DType::f64
+                         : std::is_same_v<scalar_t, float>  ? DType::f32
+                         : std::is_same_v<scalar_t, half_t> ? DType::f16
+                                                            : DType::bf16;
 
 inline bool is_half(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16; }
 

@@ -206,10 +206,11 @@ struct Inputs {
 
     params.shapes_int64 = is_int64("spatial_shapes", spatial_shapes);
     params.starts_int64 = is_int64("level_start_index", level_start_index);
-    params.locations_dtype =
+    Operand& locations = reference_points ? params.sampling_offsets : params.sampling_locations;
+    Operand& weights = reference_points ? params.attention_logits : params.attention_weights;
+    locations.dtype =
         operand_dtype(locations_name(), sampling_locations, value, params.value_dtype);
-    params.weights_dtype =
-        operand_dtype(weights_name(), attention_weights, value, params.value_dtype);
+    weights.dtype = operand_dtype(weights_name(), attention_weights, value, params.value_dtype);
 
     check_device("spatial_shapes", spatial_shapes, value);
     check_device("level_start_index", level_start_index, value);
@@ -225,8 +226,8 @@ struct Inputs {
     params.value = value.data_ptr();
     params.spatial_shapes = spatial_shapes.data_ptr();
     params.level_start_index = level_start_index.data_ptr();
-    params.sampling_locations = sampling_locations.data_ptr();
-    params.attention_weights = attention_weights.data_ptr();
+    locations.data = sampling_locations.data_ptr();
+    weights.data = attention_weights.data_ptr();
     if (reference_points) check_and_align_reference(params);
     if (value.is_cpu()) check_levels(params);
     return params;
@@ -323,12 +324,12 @@ struct Inputs {
           " coordinates, expected 2 (x, y) or 4 (x, y, width, height)");
     params.reference_levels = static_cast<int32_t>(levels);
     params.reference_coordinates = static_cast<int32_t>(coordinates);
-    params.reference_dtype =
+    params.reference_points.dtype =
         operand_dtype("reference_points", reference, value, params.value_dtype);
     check_device("reference_points", reference, value);
     params.offset_scale = offset_scale;
     reference = aligned(reference);
-    params.reference_points = reference.data_ptr();
+    params.reference_points.data = reference.data_ptr();
   }
 };
 
@@ -422,8 +423,10 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output, bool 
                   torch::stable::empty_like(inputs.sampling_locations),
                   torch::stable::empty_like(inputs.attention_weights), std::nullopt};
   params.grad_value = grads.value.data_ptr();
-  params.grad_sampling_locations = grads.sampling_locations.data_ptr();
-  params.grad_attention_weights = grads.attention_weights.data_ptr();
+  (params.fused() ? params.grad_sampling_offsets : params.grad_sampling_locations) =
+      grads.sampling_locations.data_ptr();
+  (params.fused() ? params.grad_attention_logits : params.grad_attention_weights) =
+      grads.attention_weights.data_ptr();
   if (reference_needs_grad) {
     grads.reference_points =
         torch::stable::new_empty(inputs.value,

@@ -12,6 +12,13 @@ namespace ms_deform_attn {
 // Levels may have numbers of points of their own (D-FINE), up to this many levels.
 constexpr int32_t kMaxUnequalLevels = 32;
 
+// A tensor that tells where points lie or what they weigh, in a dtype of its own: value's, or f32
+// beside a half value.
+struct Operand {
+  const void* data;
+  DType dtype;
+};
+
 struct Params {
   int64_t batch;
   int64_t spatial_size;  // sum(height * width) over the levels, below 2^31
@@ -24,28 +31,30 @@ struct Params {
   int32_t level_points[kMaxUnequalLevels];  // of each level, where points_per_level is 0
   Method method;
 
-  int64_t first_batch;    // the first one to compute: 0, unless a backend cuts its work into parts
-  DType value_dtype;      // also of output, grad_output
-  DType locations_dtype;  // value_dtype, or f32 beside a half value
-  DType weights_dtype;    // likewise
-  DType reference_dtype;  // likewise
-  bool shapes_int64;      // else int32
-  bool starts_int64;      // else int32
+  int64_t first_batch;  // the first one to compute: 0, unless a backend cuts its work into parts
+  DType value_dtype;    // also of output, grad_output
+  bool shapes_int64;    // else int32
+  bool starts_int64;    // else int32
 
-  // Fused: sampling_locations holds the sampling offsets, attention_weights the logits, of which
-  // the weights are the softmax over the points. See OffsetUnits.
+  const void* value;              // [batch, spatial_size, heads, channels]
+  const void* spatial_shapes;     // [levels, 2] as (height, width)
+  const void* level_start_index;  // [levels]
+  void* output;                   // [batch, queries, heads, channels]
+
+  // The plain operator's points. Null in a fused call.
+  Operand sampling_locations;  // [batch, queries, heads, points, 2] as (x, y)
+  Operand attention_weights;   // [batch, queries, heads, points]
+
+  // The fused operator's: a location is a reference point moved by an offset (see OffsetUnits), and
+  // the weights are the softmax of the logits over the points. Null in a plain call.
+  Operand reference_points;       // [batch, queries, reference_levels, reference_coordinates]
+  Operand sampling_offsets;       // [batch, queries, heads, points, 2] as (x, y)
+  Operand attention_logits;       // [batch, queries, heads, points]
   int32_t reference_levels;       // levels, or 1: the same reference point for each level
   int32_t reference_coordinates;  // 2: (x, y), or 4: (x, y, width, height)
   double offset_scale;            // for 4 coordinates
 
-  const void* value;               // [batch, spatial_size, heads, channels]
-  const void* spatial_shapes;      // [levels, 2] as (height, width)
-  const void* level_start_index;   // [levels]
-  const void* sampling_locations;  // [batch, queries, heads, points, 2] as (x, y)
-  const void* attention_weights;   // [batch, queries, heads, points]
-  const void* reference_points;    // [batch, queries, reference_levels, reference_coordinates], or
-                                   // null: not fused
-  void* output;                    // [batch, queries, heads, channels]
+  MSDA_HOST_DEVICE bool fused() const { return reference_points.data != nullptr; }
 };
 
 struct BackwardParams : Params {
@@ -54,12 +63,13 @@ struct BackwardParams : Params {
   bool deterministic;  // sums in a fixed order (the CPU's always are)
 
   // Of value's dtype, and every element is written, unless cuda::backward_needs says otherwise.
-  void* grad_value;               // [batch, spatial_size, heads, channels]
-  void* grad_sampling_locations;  // as sampling_locations
-  void* grad_attention_weights;   // as attention_weights
-  void* grad_reference_points;    // [batch, queries, heads, reference_levels,
-                                  // reference_coordinates] of acc_t, or null: not wanted
-  void* scratch;                  // see cuda::backward_needs
+  void* grad_value;  // [batch, spatial_size, heads, channels]
+  // As the operands are, and null where those are.
+  void *grad_sampling_locations, *grad_attention_weights;  // plain
+  void *grad_sampling_offsets, *grad_attention_logits;     // fused
+  void* grad_reference_points;  // [batch, queries, heads, reference_levels, reference_coordinates]
+                                // of acc_t, or null: not wanted
+  void* scratch;                // see cuda::backward_needs
 };
 
 // An element of the level metadata.

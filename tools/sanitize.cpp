@@ -87,6 +87,26 @@ struct Tensors {
   }
 };
 
+// The points' tensors: fused, locations are offsets and weights logits.
+void set_points(BackwardParams& p, const Problem& problem, const void* references,
+                const void* locations, const void* weights, void* grad_references,
+                void* grad_locations, void* grad_weights) {
+  const DType dtype = p.value_dtype;
+  if (problem.coordinates > 0) {
+    p.reference_points = {references, dtype};
+    p.sampling_offsets = {locations, dtype};
+    p.attention_logits = {weights, dtype};
+    p.grad_reference_points = grad_references;
+    p.grad_sampling_offsets = grad_locations;
+    p.grad_attention_logits = grad_weights;
+  } else {
+    p.sampling_locations = {locations, dtype};
+    p.attention_weights = {weights, dtype};
+    p.grad_sampling_locations = grad_locations;
+    p.grad_attention_weights = grad_weights;
+  }
+}
+
 // Of the host's tensors.
 template <typename T>
 BackwardParams make_params(const Problem& problem, Tensors<T>& tensors) {
@@ -111,7 +131,6 @@ BackwardParams make_params(const Problem& problem, Tensors<T>& tensors) {
                   : std::is_same_v<T, float>  ? DType::f32
                   : std::is_same_v<T, half_t> ? DType::f16
                                               : DType::bf16;
-  p.locations_dtype = p.weights_dtype = p.reference_dtype = p.value_dtype;
   p.shapes_int64 = p.starts_int64 = true;
 
   std::mt19937 random(1);
@@ -131,8 +150,6 @@ BackwardParams make_params(const Problem& problem, Tensors<T>& tensors) {
     const int64_t size = int64_t(p.levels) * problem.coordinates;
     fill(tensors.references, p.batch * p.queries * size, 0, 1);
     tensors.grad_references.assign(rows * size, NAN);
-    p.reference_points = tensors.references.data();
-    p.grad_reference_points = tensors.grad_references.data();
   }
   fill(tensors.grad_output, rows * p.channels, -1, 1);
   tensors.locations[3] = static_cast<T>(NAN);
@@ -146,13 +163,12 @@ BackwardParams make_params(const Problem& problem, Tensors<T>& tensors) {
   p.value = tensors.value.data();
   p.spatial_shapes = tensors.shapes.data();
   p.level_start_index = tensors.starts.data();
-  p.sampling_locations = tensors.locations.data();
-  p.attention_weights = tensors.weights.data();
   p.output = tensors.output.data();
   p.grad_output = tensors.grad_output.data();
   p.grad_value = tensors.grad_value.data();
-  p.grad_sampling_locations = tensors.grad_locations.data();
-  p.grad_attention_weights = tensors.grad_weights.data();
+  set_points(p, problem, tensors.references.data(), tensors.locations.data(),
+             tensors.weights.data(), tensors.grad_references.data(), tensors.grad_locations.data(),
+             tensors.grad_weights.data());
   return p;
 }
 
@@ -358,18 +374,12 @@ void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
   p.value = value.data();
   p.spatial_shapes = shapes.data();
   p.level_start_index = starts.data();
-  p.sampling_locations = locations.data();
-  p.attention_weights = weights.data();
   p.grad_output = grad_output.data();
   p.output = output.data();
   p.grad_value = grad_value.data();
-  p.grad_sampling_locations = grad_locations.data();
-  p.grad_attention_weights = grad_weights.data();
   p.scratch = scratch.data();
-  if (problem.coordinates > 0) {
-    p.reference_points = references.data();
-    p.grad_reference_points = grad_references.data();
-  }
+  set_points(p, problem, references.data(), locations.data(), weights.data(),
+             grad_references.data(), grad_locations.data(), grad_weights.data());
   for (const char* error : {cuda::forward(p, nullptr), cuda::backward(p, nullptr)}) {
     if (error) fail("%s\n", error);
   }

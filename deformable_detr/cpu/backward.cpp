@@ -70,10 +70,12 @@ Tiles cut_tiles(const Params& p) {
   return result;
 }
 
-// What the tiles are computed from. Of the fused operator's points they take the pixels and weights
-// (see fuse_points) for locations and weights, and give the gradients of locations and weights.
+// What the tiles are computed from: locations and weights, of which they give the gradients. In a
+// fused call fuse_points has worked out the points' pixels, which stand in for the locations.
 struct TileParams : BackwardParams {
-  const void* pixel_rests = nullptr;  // [batch, queries, heads, points, 2], if fused
+  const void *pixels = nullptr,
+             *pixel_rests = nullptr;  // [batch, queries, heads, points, 2], acc_t
+  bool in_pixels() const { return pixels != nullptr; }
 };
 
 // Of one batch: what the tiles take and give. In acc_t, whatever the operands' dtypes.
@@ -161,18 +163,17 @@ void differentiate_row(const BackwardParams& p, int64_t row,
                            box ? scale * reference.height : acc(1) / map.height};
     for (const int32_t end = i + points_of_level(p, level); i < end; ++i) {
       const int64_t point = row * p.points + i;
-      write_element<scalar_t>(p.grad_attention_weights, p.weights_dtype, point,
+      write_element<scalar_t>(p.grad_attention_logits, p.attention_logits.dtype, point,
                               weight[i] * (grad_weight[i] - mean));
       for (int32_t axis = 0; axis < 2; ++axis) {
         const acc grad = grad_location[2 * i + axis];
-        write_element<scalar_t>(p.grad_sampling_locations, p.locations_dtype, 2 * point + axis,
+        write_element<scalar_t>(p.grad_sampling_offsets, p.sampling_offsets.dtype, 2 * point + axis,
                                 grad == 0 ? acc(0) : grad * extent[axis]);
         if (!grad_reference || grad == 0) continue;
         grad_reference[axis] += grad;
         if (!box) continue;
         grad_reference[2 + axis] +=
-            grad * scale *
-            read_element<scalar_t>(p.sampling_locations, p.locations_dtype, 2 * point + axis);
+            grad * scale * read_element<scalar_t>(p.sampling_offsets, 2 * point + axis);
       }
     }
     if (grad_reference && p.reference_levels > 1) grad_reference += p.reference_coordinates;
@@ -183,7 +184,6 @@ void differentiate_row(const BackwardParams& p, int64_t row,
 template <typename scalar_t>
 void fused_backward(const BackwardParams& params) {
   using acc = acc_t<scalar_t>;
-  constexpr DType acc_dtype = std::is_same_v<acc, double> ? DType::f64 : DType::f32;
   const int64_t rows = params.queries * params.heads;
   const int64_t values = params.spatial_size * params.heads * params.channels;
   const FusedPoints<acc> points(rows * params.points);
@@ -191,10 +191,10 @@ void fused_backward(const BackwardParams& params) {
 
   TileParams tile{params};
   tile.batch = 1;
-  tile.locations_dtype = tile.weights_dtype = acc_dtype;
-  tile.sampling_locations = points.pixels.get();
+  tile.pixels = points.pixels.get();
   tile.pixel_rests = points.pixel_rests.get();
-  tile.attention_weights = points.weights.get();
+  tile.sampling_locations.dtype = kDType<acc>;  // of their gradients
+  tile.attention_weights = {points.weights.get(), kDType<acc>};
   tile.grad_sampling_locations = points.grad_locations.get();
   tile.grad_attention_weights = points.grad_weights.get();
 
@@ -220,7 +220,7 @@ void fused_backward(const BackwardParams& params) {
 void backward(const BackwardParams& params) {
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    if (params.reference_points) return fused_backward<scalar_t>(params);
+    if (params.fused()) return fused_backward<scalar_t>(params);
     compute_tiles<scalar_t>(TileParams{params});
   });
 }

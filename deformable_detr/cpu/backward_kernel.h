@@ -199,12 +199,12 @@ MSDA_INLINE void write_points(const BackwardParams& p, const Selection& selectio
   using acc = acc_t<scalar_t>;
   const acc* const xy[2] = {space.grad_x.data(), space.grad_y.data()};
   const acc* const weight[1] = {space.grad_weight.data()};
-  if (p.locations_dtype == p.value_dtype) {
+  if (p.sampling_locations.dtype == p.value_dtype) {
     write_operand<2, scalar_t>(p.grad_sampling_locations, selection, size, space, xy);
   } else {
     write_operand<2, acc>(p.grad_sampling_locations, selection, size, space, xy);
   }
-  if (p.weights_dtype == p.value_dtype) {
+  if (p.attention_weights.dtype == p.value_dtype) {
     write_operand<1, scalar_t>(p.grad_attention_weights, selection, size, space, weight);
   } else {
     write_operand<1, acc>(p.grad_attention_weights, selection, size, space, weight);
@@ -218,12 +218,24 @@ MSDA_INLINE void set_level(const Level& level, const Points<acc>& points, int32_
   std::fill_n(points.start.data(), count, level.start);
 }
 
-template <typename acc>
-MSDA_INLINE void read_rests(const TileParams& p, const Selection& selection, int32_t size,
-                            const Points<acc>& points) {
+template <typename scalar_t>
+MSDA_INLINE void read_tile_coordinates(const TileParams& p, const Selection& selection,
+                                       int32_t size, const Points<acc_t<scalar_t>>& points) {
+  using acc = acc_t<scalar_t>;
+  if (!p.in_pixels()) {
+    return read_coordinates<scalar_t>(p.sampling_locations, selection, size, points);
+  }
+  read_coordinates<acc>({p.pixels, kDType<acc>}, selection, size, points);
   acc* const stored[2] = {points.stored[0].data(), points.stored[1].data()};
   acc* const rests[2] = {points.x_rest.data(), points.y_rest.data()};
   read_operand<2, acc>(p.pixel_rests, selection, size, stored, rests);
+}
+
+template <typename scalar_t>
+MSDA_INLINE void read_tile_points(const TileParams& p, const Selection& selection, int32_t size,
+                                  const Points<acc_t<scalar_t>>& points) {
+  read_tile_coordinates<scalar_t>(p, selection, size, points);
+  read_weights<scalar_t>(p.attention_weights, selection, size, points);
 }
 
 // The fused operator's pixels and weights. Takes pieces of work: kFusedRows rows of the `rows` from
@@ -260,7 +272,7 @@ void fuse_rows(const Params& p, const std::vector<Level>& levels, int64_t first,
 // Which tiles a block of queries needs. Takes pieces of work: a block of a (batch, head) each.
 template <typename scalar_t>
 void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_block, Work& work) {
-  const Points<acc_t<scalar_t>> points(tiles.points_of_block, p.reference_points);
+  const Points<acc_t<scalar_t>> points(tiles.points_of_block, p.in_pixels());
   const Array<int32_t> rows_of_points(tiles.points_of_block);
   int64_t piece;
   while (work.take(&piece)) {
@@ -278,8 +290,7 @@ void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_bloc
         seen = tile.first_point;
         const int32_t count = rows * tile.points;
         const Selection selection{row * p.points + seen, int64_t(p.heads) * p.points, rows};
-        read_locations<scalar_t>(p, selection, tile.points, points);
-        if (points.fused) read_rests(p, selection, tile.points, points);
+        read_tile_coordinates<scalar_t>(p, selection, tile.points, points);
         int32_t* row_of_point = rows_of_points.data();
         find_rows(points, tile.level.height, count, row_of_point);
         lowest = tile.level.height, highest = 0;
@@ -302,7 +313,7 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
   constexpr int32_t lanes = kLanes<acc>;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t padded = tiles.padded_channels;
-  const Workspace<acc> space(tiles.points_of_block, p.reference_points, padded, tiles.most_pixels);
+  const Workspace<acc> space(tiles.points_of_block, p.in_pixels(), padded, tiles.most_pixels);
 
   int64_t piece;
   while (work.take(&piece)) {
@@ -329,11 +340,10 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
       const int32_t count = rows * tile.points;
       // Told the usual number of points, the compiler has no short loops left.
       if (tile.points == 4) {
-        read_points<scalar_t>(p, selection, 4, space.points);
+        read_tile_points<scalar_t>(p, selection, 4, space.points);
       } else {
-        read_points<scalar_t>(p, selection, tile.points, space.points);
+        read_tile_points<scalar_t>(p, selection, tile.points, space.points);
       }
-      if (space.points.fused) read_rests(p, selection, tile.points, space.points);
       place_points(p.method, space.points, count);
       find_in_tile(tile, padded, count, space);
       std::fill_n(space.dot.data(), 4 * count, acc(0));

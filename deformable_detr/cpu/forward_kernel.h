@@ -87,7 +87,7 @@ void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
   const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
   const int32_t capacity = rows_of_block * p.points + kPointsAhead;
 
-  const Points<acc> points(capacity, p.reference_points);
+  const Points<acc> points(capacity, p.fused());
   const Fusion<acc> fusion(p, levels, points.fused ? capacity : 0);
   const Array<int64_t> offset[4] = {capacity, capacity, capacity, capacity};
   const Array<int64_t> origin(capacity);

@@ -72,37 +72,41 @@ MSDA_INLINE void read_operand(const void* tensor, const Selection& selection, in
   }
 }
 
+// The coordinates of points: locations, offsets or pixels.
 template <typename scalar_t>
-MSDA_INLINE void read_locations(const Params& p, const Selection& selection, int32_t size,
-                                const Points<acc_t<scalar_t>>& points) {
+MSDA_INLINE void read_coordinates(const Operand& operand, const Selection& selection, int32_t size,
+                                  const Points<acc_t<scalar_t>>& points) {
   using acc = acc_t<scalar_t>;
   acc* const stored[2] = {points.stored[0].data(), points.stored[1].data()};
   acc* const xy[2] = {points.x.data(), points.y.data()};
-  if (p.locations_dtype == p.value_dtype) {
-    read_operand<2, scalar_t>(p.sampling_locations, selection, size, stored, xy);
+  if (operand.dtype == kDType<scalar_t>) {
+    read_operand<2, scalar_t>(operand.data, selection, size, stored, xy);
   } else {
-    read_operand<2, acc>(p.sampling_locations, selection, size, stored, xy);
+    read_operand<2, acc>(operand.data, selection, size, stored, xy);
   }
 }
 
+// Weights or logits.
 template <typename scalar_t>
-MSDA_INLINE void read_weights(const Params& p, const Selection& selection, int32_t size,
+MSDA_INLINE void read_weights(const Operand& operand, const Selection& selection, int32_t size,
                               const Points<acc_t<scalar_t>>& points) {
   using acc = acc_t<scalar_t>;
   acc* const stored[2] = {points.stored[0].data(), points.stored[1].data()};
   acc* const weight[1] = {points.weight.data()};
-  if (p.weights_dtype == p.value_dtype) {
-    read_operand<1, scalar_t>(p.attention_weights, selection, size, stored, weight);
+  if (operand.dtype == kDType<scalar_t>) {
+    read_operand<1, scalar_t>(operand.data, selection, size, stored, weight);
   } else {
-    read_operand<1, acc>(p.attention_weights, selection, size, stored, weight);
+    read_operand<1, acc>(operand.data, selection, size, stored, weight);
   }
 }
 
 template <typename scalar_t>
 MSDA_INLINE void read_points(const Params& p, const Selection& selection, int32_t size,
                              const Points<acc_t<scalar_t>>& points) {
-  read_locations<scalar_t>(p, selection, size, points);
-  read_weights<scalar_t>(p, selection, size, points);
+  const bool fused = p.fused();
+  read_coordinates<scalar_t>(fused ? p.sampling_offsets : p.sampling_locations, selection, size,
+                             points);
+  read_weights<scalar_t>(fused ? p.attention_logits : p.attention_weights, selection, size, points);
 }
 
 // A point on one axis. Fused, it is given as a pixel, else as a location.

@@ -25,11 +25,11 @@ inline std::vector<Level> read_levels(const Params& p) {
   return levels;
 }
 
-// Element `index` of a tensor stored as scalar_t or, beside a half value, as float.
+// Element `index` of an operand, stored as scalar_t or, beside a half value, as float.
 template <typename scalar_t>
-acc_t<scalar_t> read_element(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
-  return static_cast<acc_t<scalar_t>>(static_cast<const scalar_t*>(data)[index]);
+acc_t<scalar_t> read_element(const Operand& operand, int64_t index) {
+  if (operand.dtype == DType::f32) return static_cast<const float*>(operand.data)[index];
+  return static_cast<acc_t<scalar_t>>(static_cast<const scalar_t*>(operand.data)[index]);
 }
 
 // A reference point; width and height are zero where it has two coordinates.
@@ -43,9 +43,8 @@ Reference<acc_t<scalar_t>> read_reference(const Params& p, int64_t query, int32_
   const int64_t first = (query * p.reference_levels + (p.reference_levels == 1 ? 0 : level)) *
                         p.reference_coordinates;
   const auto read = [&](int64_t i) {
-    return i < p.reference_coordinates
-               ? read_element<scalar_t>(p.reference_points, p.reference_dtype, first + i)
-               : acc_t<scalar_t>(0);
+    return i < p.reference_coordinates ? read_element<scalar_t>(p.reference_points, first + i)
+                                       : acc_t<scalar_t>(0);
   };
   return {read(0), read(1), read(2), read(3)};
 }

@@ -23,25 +23,26 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 
 // ------------------------------------------------------------------------------------------ output
 
+// The gradients of a weight or a logit, and of a location or an offset, in the operand's dtype.
 template <typename scalar_t>
-__device__ __forceinline__ void store_weight(const BackwardParams& p, int64_t point,
+__device__ __forceinline__ void store_weight(void* grad, DType dtype, int64_t point,
                                              acc_t<scalar_t> x) {
-  if (p.weights_dtype == DType::f32) {
-    static_cast<float*>(p.grad_attention_weights)[point] = static_cast<float>(x);
+  if (dtype == DType::f32) {
+    static_cast<float*>(grad)[point] = static_cast<float>(x);
   } else {
-    static_cast<scalar_t*>(p.grad_attention_weights)[point] = from_acc<scalar_t>(x);
+    static_cast<scalar_t*>(grad)[point] = from_acc<scalar_t>(x);
   }
 }
 
 template <typename scalar_t>
-__device__ __forceinline__ void store_location(const BackwardParams& p, int64_t point,
+__device__ __forceinline__ void store_location(void* grad, DType dtype, int64_t point,
                                                const Location<acc_t<scalar_t>>& x) {
-  if (p.locations_dtype == DType::f32) {
+  if (dtype == DType::f32) {
     const float xy[2] = {static_cast<float>(x.x), static_cast<float>(x.y)};
-    Vec<float, 2>::pack(xy).store(static_cast<float*>(p.grad_sampling_locations) + 2 * point);
+    Vec<float, 2>::pack(xy).store(static_cast<float*>(grad) + 2 * point);
   } else {
     const acc_t<scalar_t> xy[2] = {x.x, x.y};
-    Vec<scalar_t, 2>::pack(xy).store(static_cast<scalar_t*>(p.grad_sampling_locations) + 2 * point);
+    Vec<scalar_t, 2>::pack(xy).store(static_cast<scalar_t*>(grad) + 2 * point);
   }
 }
 
@@ -75,7 +76,7 @@ struct Kept {
   static constexpr int kNumbers = 5;  // grad_weight; grad of the reference point's x, y, box
 
   static int64_t bytes(const BackwardParams& p) {
-    if (!p.reference_points) return 0;
+    if (!p.fused()) return 0;
     return int64_t(p.grad_reference_points ? kNumbers : 1) * p.points * kTeams * sizeof(acc);
   }
   __device__ __forceinline__ acc& at(const Params& p, int number, int32_t point) const {
@@ -224,8 +225,10 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
       const acc grad_x = bilinear ? weight * corners.d_location_x(dot.corner, level) : 0;
       const acc grad_y = bilinear ? weight * corners.d_location_y(dot.corner, level) : 0;
       if constexpr (!kFused) {
-        store_weight<scalar_t>(p, point, grad_weight);
-        store_location<scalar_t>(p, point, {grad_x, grad_y});
+        store_weight<scalar_t>(p.grad_attention_weights, p.attention_weights.dtype, point,
+                               grad_weight);
+        store_location<scalar_t>(p.grad_sampling_locations, p.sampling_locations.dtype, point,
+                                 {grad_x, grad_y});
       } else {
         kept.at(p, 0, first + lane) = grad_weight;
         kept_sum += weight * grad_weight;
@@ -238,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
             box ? reference.height * box_share : 1 / static_cast<acc>(max(level.height, 1));
         // Nothing for a point outside: it may not be finite.
         const bool inside = corners.first_pixel() != kOutside;
-        store_location<scalar_t>(p, point,
+        store_location<scalar_t>(p.grad_sampling_offsets, p.sampling_offsets.dtype, point,
                                  {inside ? grad_x * move_x : 0, inside ? grad_y * move_y : 0});
         if (p.grad_reference_points) {
           kept.at(p, 1, first + lane) = grad_x;
@@ -260,9 +263,9 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     __syncwarp();
     for (int32_t i = lane; i < work.points; i += kTeam) {
       const int64_t point = work.row * all_points + i;
-      const acc weight =
-          softmax.weight(load_operand<scalar_t>(p.attention_weights, p.weights_dtype, point));
-      store_weight<scalar_t>(p, point, weight * (kept.at(p, 0, i) - kept_sum));
+      const acc weight = softmax.weight(load_operand<scalar_t>(p.attention_logits, point));
+      store_weight<scalar_t>(p.grad_attention_logits, p.attention_logits.dtype, point,
+                             weight * (kept.at(p, 0, i) - kept_sum));
     }
     if (p.grad_reference_points && work.active()) {
       const int32_t numbers = p.reference_levels * p.reference_coordinates;

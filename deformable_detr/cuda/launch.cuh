@@ -59,15 +59,16 @@ template <typename scalar_t, typename Function>
 auto with_source(const Params& p, Function&& function) {
   const auto with = [&](auto same, auto mixed) {
     if constexpr (!std::is_same_v<scalar_t, acc_t<scalar_t>>) {
-      const DType dtype = p.value_dtype;
-      if (p.locations_dtype != dtype || p.weights_dtype != dtype ||
-          (p.reference_points && p.reference_dtype != dtype)) {
+      const auto is_mixed = [&](const Operand& x) { return x.data && x.dtype != p.value_dtype; };
+      if (is_mixed(p.sampling_locations) || is_mixed(p.attention_weights) ||
+          is_mixed(p.sampling_offsets) || is_mixed(p.attention_logits) ||
+          is_mixed(p.reference_points)) {
         return function(mixed);
       }
     }
     return function(same);
   };
-  if (p.reference_points) {
+  if (p.fused()) {
     return with(std::integral_constant<Source, Source::fused>{},
                 std::integral_constant<Source, Source::fused_mixed>{});
   }

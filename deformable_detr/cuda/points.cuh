@@ -92,12 +92,11 @@ struct Reference {
   acc x, y, width, height;
 };
 
-// Element `index` of a tensor stored as scalar_t or, beside a half value, as float.
+// Element `index` of an operand, stored as scalar_t or, beside a half value, as float.
 template <typename scalar_t>
-__device__ __forceinline__ acc_t<scalar_t> load_operand(const void* data, DType dtype,
-                                                        int64_t index) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[index];
-  return to_acc(static_cast<const scalar_t*>(data)[index]);
+__device__ __forceinline__ acc_t<scalar_t> load_operand(const Operand& operand, int64_t index) {
+  if (operand.dtype == DType::f32) return static_cast<const float*>(operand.data)[index];
+  return to_acc(static_cast<const scalar_t*>(operand.data)[index]);
 }
 
 // N numbers as they are stored. They are not converted yet, as that would wait for them.
@@ -146,10 +145,10 @@ struct PointReader {
   __device__ __forceinline__ void start(const Params& p, int64_t row, int64_t query_row,
                                         int32_t point) {
     const int64_t index = row * p.points + point;
-    location_at_ = static_cast<const char*>(p.sampling_locations) + index * location_bytes(p);
-    weight_at_ = static_cast<const char*>(p.attention_weights) + index * weight_bytes(p);
+    location_at_ = static_cast<const char*>(coordinates(p).data) + index * location_bytes(p);
+    weight_at_ = static_cast<const char*>(weights(p).data) + index * weight_bytes(p);
     if constexpr (kIsFused<kSource>) {
-      references_at_ = static_cast<const char*>(p.reference_points) +
+      references_at_ = static_cast<const char*>(p.reference_points.data) +
                        query_row * p.reference_levels * reference_bytes(p);
     }
   }
@@ -167,10 +166,10 @@ struct PointReader {
     }
   }
   __device__ __forceinline__ void read_location(const Params& p) {
-    location_.read(location_at_, p.locations_dtype);
+    location_.read(location_at_, coordinates(p).dtype);
   }
   __device__ __forceinline__ void read_weight(const Params& p) {
-    weight_.read(weight_at_, p.weights_dtype);
+    weight_.read(weight_at_, weights(p).dtype);
   }
   __device__ __forceinline__ void read(const Params& p) {
     read_location(p);
@@ -180,13 +179,13 @@ struct PointReader {
   // The location, or fused the offset.
   __device__ __forceinline__ Location<acc> location(const Params& p) const {
     acc xy[2];
-    location_.unpack(xy, p.locations_dtype);
+    location_.unpack(xy, coordinates(p).dtype);
     return {xy[0], xy[1]};
   }
   // The weight, or fused the logit.
   __device__ __forceinline__ acc weight(const Params& p) const {
     acc x[1];
-    weight_.unpack(x, p.weights_dtype);
+    weight_.unpack(x, weights(p).dtype);
     return x[0];
   }
   // Of the point's query. Read only now: all heads and points of a query share it.
@@ -194,11 +193,11 @@ struct PointReader {
     const char* at = references_at_ + (p.reference_levels > 1 ? level * reference_bytes(p) : 0);
     const bool has_box = p.reference_coordinates == 4;
     Pair point, box;
-    point.read(at, p.reference_dtype);
-    if (has_box) box.read(at + Pair::bytes(p.reference_dtype), p.reference_dtype);
+    point.read(at, p.reference_points.dtype);
+    if (has_box) box.read(at + Pair::bytes(p.reference_points.dtype), p.reference_points.dtype);
     acc xy[2], extent[2] = {};
-    point.unpack(xy, p.reference_dtype);
-    if (has_box) box.unpack(extent, p.reference_dtype);
+    point.unpack(xy, p.reference_points.dtype);
+    if (has_box) box.unpack(extent, p.reference_points.dtype);
     return {xy[0], xy[1], extent[0], extent[1]};
   }
 
@@ -209,14 +208,22 @@ struct PointReader {
   Pair location_;
   One weight_;
 
+  // Of the points: the locations, or fused the offsets.
+  static __device__ __forceinline__ const Operand& coordinates(const Params& p) {
+    return kIsFused<kSource> ? p.sampling_offsets : p.sampling_locations;
+  }
+  // The weights, or fused the logits.
+  static __device__ __forceinline__ const Operand& weights(const Params& p) {
+    return kIsFused<kSource> ? p.attention_logits : p.attention_weights;
+  }
   static __device__ __forceinline__ int32_t location_bytes(const Params& p) {
-    return Pair::bytes(p.locations_dtype);
+    return Pair::bytes(coordinates(p).dtype);
   }
   static __device__ __forceinline__ int32_t weight_bytes(const Params& p) {
-    return One::bytes(p.weights_dtype);
+    return One::bytes(weights(p).dtype);
   }
   static __device__ __forceinline__ int32_t reference_bytes(const Params& p) {
-    return p.reference_coordinates / 2 * Pair::bytes(p.reference_dtype);
+    return p.reference_coordinates / 2 * Pair::bytes(p.reference_points.dtype);
   }
 };
 

@@ -57,7 +57,7 @@ __device__ __forceinline__ Softmax<acc_t<scalar_t>>* softmaxes(const BackwardPar
   return static_cast<Softmax<acc_t<scalar_t>>*>(p.scratch);
 }
 __host__ __device__ inline int64_t softmax_bytes(const BackwardParams& p) {
-  if (!p.reference_points) return 0;
+  if (!p.fused()) return 0;
   const int64_t one =
       p.value_dtype == DType::f64 ? sizeof(Softmax<double>) : sizeof(Softmax<float>);
   return p.batch * p.queries * p.heads * one;
@@ -68,7 +68,7 @@ template <typename scalar_t, int kTeam>
 __device__ __forceinline__ Softmax<acc_t<scalar_t>> find_softmax(const Params& p, int64_t row) {
   using acc = acc_t<scalar_t>;
   const auto logit = [&](int32_t point) {
-    return load_operand<scalar_t>(p.attention_weights, p.weights_dtype, row * p.points + point);
+    return load_operand<scalar_t>(p.attention_logits, row * p.points + point);
   };
   const int lane = threadIdx.x % kTeam;
   acc largest = -INFINITY, sum = 0;
