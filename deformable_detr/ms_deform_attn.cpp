@@ -19,6 +19,8 @@
 #include "torch-ext/torch_binding.h"
 
 #if defined(USE_CUDA)
+#include "deformable_detr/cuda/plan.h"
+
 // Part of the stable ABI, but declared only where torch itself was built with CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
@@ -336,36 +338,17 @@ struct Inputs {
 // ---------------------------------------------------------------------------------------- backends
 
 #if defined(USE_CUDA)
-template <typename Launch>
-void launch_on_current_stream(const Tensor& value, Launch&& launch) {
-  const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
+void check_cuda(const Tensor& value, const char* error) {
+  check(error == nullptr, "ms_deform_attn on ", device_of(value), ": ", error ? error : "");
+}
+
+void* current_stream(const Tensor& value) {
   void* stream = nullptr;
   check(aoti_torch_get_current_cuda_stream(value.get_device_index(), &stream) == 0,
         "cannot get the current CUDA stream of ", device_of(value));
-  const char* error = launch(stream);
-  check(error == nullptr, "ms_deform_attn on ", device_of(value), ": ", error ? error : "");
+  return stream;
 }
 #endif
-
-void run_forward(const Tensor& value, const Params& params) {
-#if defined(USE_CUDA)
-  if (value.is_cuda()) {
-    return launch_on_current_stream(value,
-                                    [&](void* stream) { return cuda::forward(params, stream); });
-  }
-#endif
-  cpu::forward(params);
-}
-
-void run_backward(const Tensor& value, const BackwardParams& params) {
-#if defined(USE_CUDA)
-  if (value.is_cuda()) {
-    return launch_on_current_stream(value,
-                                    [&](void* stream) { return cuda::backward(params, stream); });
-  }
-#endif
-  cpu::backward(params);
-}
 
 // -------------------------------------------------------------------------- allocate and compute
 
@@ -376,7 +359,14 @@ Tensor allocate_and_forward(Inputs& inputs) {
   if (output.numel() == 0) return output;
   if (inputs.attention_weights.numel() == 0) return torch::stable::zero_(output);
   params.output = output.data_ptr();
-  run_forward(inputs.value, params);
+#if defined(USE_CUDA)
+  if (inputs.value.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(inputs.value.get_device_index());
+    check_cuda(inputs.value, cuda::forward(params, current_stream(inputs.value)));
+    return output;
+  }
+#endif
+  cpu::forward(params);
   return output;
 }
 
@@ -401,28 +391,12 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output, bool 
   const Tensor aligned_grad_output = aligned(grad_output);
   params.grad_output = aligned_grad_output.data_ptr();
 
-  // Half types add up in float.
-  const bool half = is_half(params.value_dtype);
-  const ScalarType acc_dtype = half ? ScalarType::Float : dtype;
   params.deterministic = deterministic;
-  bool zeroed_sums = false;
-#if defined(USE_CUDA)
-  std::optional<Tensor> scratch;
-  if (inputs.value.is_cuda()) {
-    const cuda::BackwardNeeds needs = cuda::backward_needs(params);
-    zeroed_sums = needs.zeroed_sums;
-    if (needs.scratch_bytes > 0) {
-      scratch = torch::stable::new_empty(inputs.value, {needs.scratch_bytes}, ScalarType::Byte);
-      params.scratch = scratch->data_ptr();
-    }
-  }
-#endif
-  Gradients grads{zeroed_sums
-                      ? torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype)
-                      : torch::stable::empty_like(inputs.value),
-                  torch::stable::empty_like(inputs.sampling_locations),
+  // Half types are summed in float.
+  const ScalarType acc_dtype = is_half(params.value_dtype) ? ScalarType::Float : dtype;
+
+  Gradients grads{torch::stable::Tensor(), torch::stable::empty_like(inputs.sampling_locations),
                   torch::stable::empty_like(inputs.attention_weights), std::nullopt};
-  params.grad_value = grads.value.data_ptr();
   (params.fused() ? params.grad_sampling_offsets : params.grad_sampling_locations) =
       grads.sampling_locations.data_ptr();
   (params.fused() ? params.grad_attention_logits : params.grad_attention_weights) =
@@ -438,14 +412,35 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output, bool 
 
   const bool no_channels = int64_t(params.heads) * params.channels == 0;
   if (no_channels || grads.attention_weights.numel() == 0) {
+    grads.value = torch::stable::empty_like(inputs.value);
     torch::stable::zero_(grads.value);
     torch::stable::zero_(grads.sampling_locations);
     torch::stable::zero_(grads.attention_weights);
     if (reference_needs_grad) torch::stable::zero_(*grads.reference_points);
+#if defined(USE_CUDA)
+  } else if (inputs.value.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(inputs.value.get_device_index());
+    cuda::BackwardPlan plan;
+    check_cuda(inputs.value, cuda::plan_backward(params, plan));
+    Tensor scratch;
+    if (plan.scratch.bytes > 0) {
+      scratch = torch::stable::new_empty(inputs.value, {plan.scratch.bytes}, ScalarType::Byte);
+      params.scratch = scratch.data_ptr();
+    }
+    grads.value = plan.adds_to_zeros
+                      ? torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype)
+                      : torch::stable::empty_like(inputs.value);
+    params.grad_value = grads.value.data_ptr();
+    check_cuda(inputs.value, cuda::backward(params, plan, current_stream(inputs.value)));
+    if (acc_dtype != dtype && plan.adds_to_zeros) {
+      grads.value = torch::stable::to(grads.value, dtype);
+    }
+#endif
   } else {
-    run_backward(inputs.value, params);
+    grads.value = torch::stable::empty_like(inputs.value);
+    params.grad_value = grads.value.data_ptr();
+    cpu::backward(params);
   }
-  if (half && zeroed_sums) grads.value = torch::stable::to(grads.value, dtype);
   if (reference_needs_grad) {
     // Over the heads.
     grads.reference_points = torch::stable::to(

@@ -31,10 +31,9 @@ struct Params {
   int32_t level_points[kMaxUnequalLevels];  // of each level, where points_per_level is 0
   Method method;
 
-  int64_t first_batch;  // the first one to compute: 0, unless a backend cuts its work into parts
-  DType value_dtype;    // also of output, grad_output
-  bool shapes_int64;    // else int32
-  bool starts_int64;    // else int32
+  DType value_dtype;  // also of output, grad_output
+  bool shapes_int64;  // else int32
+  bool starts_int64;  // else int32
 
   const void* value;              // [batch, spatial_size, heads, channels]
   const void* spatial_shapes;     // [levels, 2] as (height, width)
@@ -62,14 +61,14 @@ struct BackwardParams : Params {
 
   bool deterministic;  // sums in a fixed order (the CPU's always are)
 
-  // Of value's dtype, and every element is written, unless cuda::backward_needs says otherwise.
+  // Of value's dtype, and every element is written, unless a cuda::BackwardPlan says otherwise.
   void* grad_value;  // [batch, spatial_size, heads, channels]
   // As the operands are, and null where those are.
   void *grad_sampling_locations, *grad_attention_weights;  // plain
   void *grad_sampling_offsets, *grad_attention_logits;     // fused
   void* grad_reference_points;  // [batch, queries, heads, reference_levels, reference_coordinates]
                                 // of acc_t, or null: not wanted
-  void* scratch;                // see cuda::backward_needs
+  void* scratch;                // see cuda::BackwardPlan
 };
 
 // An element of the level metadata.
@@ -115,13 +114,8 @@ void backward(const BackwardParams& params);
 }  // namespace cpu
 
 namespace cuda {
-struct BackwardNeeds {
-  bool zeroed_sums;       // grad_value is of acc_t, and zero on entry
-  int64_t scratch_bytes;  // at params.scratch
-};
-BackwardNeeds backward_needs(const BackwardParams& params);
 const char* forward(const Params& params, void* stream);
-const char* backward(const BackwardParams& params, void* stream);
+// The backward follows a plan: see cuda/plan.h.
 }  // namespace cuda
 
 }  // namespace ms_deform_attn

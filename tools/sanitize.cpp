@@ -21,6 +21,9 @@
 #include <vector>
 
 #include "deformable_detr/ms_deform_attn.h"
+#if defined(USE_CUDA)
+#include "deformable_detr/cuda/plan.h"
+#endif
 
 #include <torch/csrc/stable/ops.h>
 
@@ -365,22 +368,22 @@ void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
   OnGpu output = space(tensors.output), grad_locations = space(tensors.grad_locations),
         grad_weights = space(tensors.grad_weights),
         grad_references = space(tensors.grad_references);
-  const cuda::BackwardNeeds needs = cuda::backward_needs(p);
-  std::vector<acc> sums(needs.zeroed_sums ? tensors.grad_value.size() : 0);
-  OnGpu grad_value = needs.zeroed_sums ? space(sums) : space(tensors.grad_value);
-  if (needs.zeroed_sums) grad_value.clear();
-  OnGpu scratch(nullptr, needs.scratch_bytes);
-
   p.value = value.data();
   p.spatial_shapes = shapes.data();
   p.level_start_index = starts.data();
   p.grad_output = grad_output.data();
   p.output = output.data();
-  p.grad_value = grad_value.data();
-  p.scratch = scratch.data();
   set_points(p, problem, references.data(), locations.data(), weights.data(),
              grad_references.data(), grad_locations.data(), grad_weights.data());
-  for (const char* error : {cuda::forward(p, nullptr), cuda::backward(p, nullptr)}) {
+  cuda::BackwardPlan plan;
+  if (const char* error = cuda::plan_backward(p, plan)) fail("%s\n", error);
+  std::vector<acc> sums(plan.adds_to_zeros ? tensors.grad_value.size() : 0);
+  OnGpu grad_value = plan.adds_to_zeros ? space(sums) : space(tensors.grad_value);
+  if (plan.adds_to_zeros) grad_value.clear();
+  OnGpu scratch(nullptr, plan.scratch.bytes);
+  p.grad_value = grad_value.data();
+  p.scratch = scratch.data();
+  for (const char* error : {cuda::forward(p, nullptr), cuda::backward(p, plan, nullptr)}) {
     if (error) fail("%s\n", error);
   }
   check(cudaDeviceSynchronize());
@@ -389,7 +392,7 @@ void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
   grad_locations.read(tensors.grad_locations.data(), "grad_sampling_locations");
   grad_weights.read(tensors.grad_weights.data(), "grad_attention_weights");
   grad_references.read(tensors.grad_references.data(), "grad_reference_points");
-  if (needs.zeroed_sums) {
+  if (plan.adds_to_zeros) {
     grad_value.read(sums.data(), "grad_value");
     for (size_t i = 0; i < sums.size(); ++i) tensors.grad_value[i] = static_cast<T>(sums[i]);
   } else {

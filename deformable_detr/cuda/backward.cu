@@ -1,87 +1,62 @@
-// Multi-scale deformable attention on the GPU, backward.
+// Multi-scale deformable attention on the GPU, backward: the entry, and the choice between the ways
+// to sum grad_value. backward_kernels.h tells which file has which kernel.
 //
-// points_kernel walks over the points as the forward does. Per point, the dot products of
-// grad_output with value at the four corners give the gradients of its weight and location. What
-// the corners' pixels get, grad_output times weight and share, is added to grad_value in one of
-// three ways, each the fastest for some problems (see find_method):
+// points_kernel works out the gradients of the points in every backward. What each point's corners
+// get, grad_output times attention and corner weight, is summed by one of three strategies:
 //
-// * directly, by points_kernel, corner by corner;
-// * by scatter_kernel, where queries are pixels: a block takes a square of them, sorts their points
-//   by pixel and adds up what falls on the same one before it adds that to memory;
-// * by gather_kernel: a block owns a rectangle of pixels, looks for the points near it, sorts them,
-//   and writes each pixel once. Sums have a fixed order, there is no need to clear grad_value
-//   first, and its dtype is value's. For few queries, and for all problems if that is asked for.
-#include "deformable_detr/cuda/backward_gather.cuh"
-#include "deformable_detr/cuda/backward_points.cuh"
-#include "deformable_detr/cuda/backward_scatter.cuh"
+//  strategy  when                            what it costs
+//  gather    deterministic, or float64       Each block of pixels looks for its points: 1.0 to 2.4
+//                                            times the time of the fastest (H100).
+//            few points, many pixels         The fastest there: no clearing, no conversion.
+//  scatter   queries are pixels (encoders)   A sort of each block's points, and an atomic for each
+//                                            pixel they share: ddetr_encoder_b4 fp16 875 us.
+//  direct    otherwise                       An atomic for each corner of each point.
+//
+// Scatter and direct add to grad_value, which has to be cleared before; in a half type they add to
+// a float copy of it, cleared before and converted after, because sums in a half type would be 2 to
+// 20 times less exact.
+#include "deformable_detr/cuda/backward_kernels.h"
+#include "deformable_detr/cuda/layout.cuh"
 
 namespace ms_deform_attn::cuda {
 namespace {
 
-// ------------------------------------------------------------------------------------------ method
-
-enum class AddMethod { direct, scatter, gather };
-
-AddMethod find_method(const BackwardParams& p) {
-  if (p.deterministic) return AddMethod::gather;
-  if (queries_are_pixels(p) && p.value_dtype != DType::f64) return AddMethod::scatter;
-  // To add to grad_value it has to be cleared first, and in a half type a float copy of it, too.
-  // Where points are few and pixels are many, that costs more than looking for points.
+Strategy choose_strategy(const BackwardParams& p) {
+  // float64 is for checking gradients, which must repeat.
+  if (p.deterministic || p.value_dtype == DType::f64) return Strategy::gather;
+  if (queries_are_pixels(p)) return Strategy::scatter;
+  // Where a level has few points and value many elements, clearing grad_value (and a float copy of
+  // it) takes longer than looking for points. The bounds are where the two were equal on an H100.
   const int64_t elements = p.batch * p.spatial_size * p.heads * p.channels;
   const int64_t points = max_level_points(p);
   const bool gather =
       is_half(p.value_dtype)
           ? points <= 4096 && elements >= (points <= 2048 ? 1 << 22 : 1 << 23)
           : points >= 1024 && points <= 4096 && elements >= (points <= 2048 ? 1 << 24 : 1 << 23);
-  return gather ? AddMethod::gather : AddMethod::direct;
+  return gather ? Strategy::gather : Strategy::direct;
 }
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------- entry
-
-BackwardNeeds backward_needs(const BackwardParams& params) {
-  const AddMethod method = find_method(params);
-  if (method == AddMethod::direct) return {true, 0};
-  const bool gather = method == AddMethod::gather;
-  return {!gather, gather && has_reaches(params) ? reach_offset(params) + reach_bytes(params)
-                                                 : softmax_bytes(params)};
+const char* plan_backward(const BackwardParams& params, BackwardPlan& plan) {
+  plan = {};
+  plan.strategy = choose_strategy(params);
+  plan.adds_to_zeros = plan.strategy != Strategy::gather;
+  if (const char* error = plan_points(params, plan)) return error;
+  return plan.strategy == Strategy::gather ? plan_gather(params, plan) : nullptr;
 }
 
-const char* backward(const BackwardParams& params, void* stream) {
-  const AddMethod method = find_method(params);
-  constexpr int64_t kMostPoints = INT32_MAX - kLookAhead * kGatherThreads;
-  if (params.points > kMostPoints ||
-      (method == AddMethod::gather && max_level_points(params) > kMostPoints)) {
-    return "sampling_locations has too many points in a level, expected below 2^31";
+const char* backward(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
+  if (plan.slicing.reach_chunks > 0) {
+    if (const char* error = launch_reach(params, plan, stream)) return error;
   }
-  const char* error = nullptr;
-  dispatch(params.value_dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    constexpr int kVec = 16 / sizeof(scalar_t);
-    // A lane's channels fill 16 bytes of sums, so that what a team adds is contiguous.
-    constexpr int kSumVec = 16 / sizeof(acc_t<scalar_t>);
-    if (method == AddMethod::direct) {
-      error = launch_points<scalar_t, kSumVec, true>(params, stream);
-      return;
-    }
-    if (method == AddMethod::gather && has_reaches(params)) {
-      error = launch_reach<scalar_t>(params, stream);
-      if (error) return;
-    }
-    error = launch_points<scalar_t, kVec, false>(params, stream);
-    if (error) return;
-    if (method == AddMethod::gather) {
-      error = with_row<scalar_t, kVec>(params, [&](auto vec, auto lanes) {
-        return launch_gather<scalar_t, vec.value, lanes.value>(params, stream);
-      });
-    } else if constexpr (!std::is_same_v<scalar_t, double>) {
-      error = with_row<scalar_t, kSumVec>(params, [&](auto vec, auto lanes) {
-        return launch_scatter<scalar_t, vec.value, lanes.value>(params, stream);
-      });
-    }
-  });
-  return error;
+  if (const char* error = launch_points(params, plan, stream)) return error;
+  switch (plan.strategy) {
+    case Strategy::direct: return nullptr;  // points_kernel has added to grad_value
+    case Strategy::scatter: return launch_scatter(params, plan, stream);
+    case Strategy::gather: return launch_gather(params, plan, stream);
+  }
+  return "the plan has no strategy";
 }
 
 }  // namespace ms_deform_attn::cuda

@@ -1,14 +1,16 @@
-// What queries reach.
+// Which part of each level some adjacent queries reach, for gather where points are many.
+//
+// A gather block would otherwise test every point of its level. In an encoder, whose queries are
+// near what they sample, it looks only at the chunks of queries whose reach touches its slice.
 #pragma once
 
+#include "deformable_detr/cuda/backward_kernels.h"
 #include "deformable_detr/cuda/backward_slices.cuh"
-#include "deformable_detr/cuda/softmax.cuh"
+#include "deformable_detr/cuda/launch.cuh"
 
 namespace ms_deform_attn::cuda {
 
-// ----------------------------------------------------------------------------------- gather: reach
-
-// Which cells some adjacent queries reach in a level, from first to last; none if last < first.
+// The cells from first to last, in rows and columns; none if last < first.
 struct alignas(16) Reach {
   Cell first, last;
 
@@ -18,43 +20,37 @@ struct alignas(16) Reach {
   }
 };
 
-constexpr int kReachQueries = 128;
+constexpr int kReachQueries = 128;  // of a chunk
 constexpr int kReachThreads = 256;
 
-// Where there are more points than a block holds at once.
-bool has_reaches(const Params& p) { return max_level_points(p) > kMaxFound * kGatherWarps; }
-
-// The table of reaches: [batch, heads, levels, chunks], in scratch behind the softmaxes.
-__host__ __device__ inline int32_t reach_chunks(const Params& p) {
+// The chunks of a level, or 0 where a block holds all points of a level at once and needs no table.
+inline int32_t count_reach_chunks(const Params& p) {
+  if (max_level_points(p) <= kMaxHeld) return 0;
   return static_cast<int32_t>(ceil_div<int64_t>(p.queries, kReachQueries));
 }
-__host__ __device__ inline int64_t reach_offset(const BackwardParams& p) {
-  return ceil_div<int64_t>(softmax_bytes(p), alignof(Reach)) * alignof(Reach);
-}
-int64_t reach_bytes(const Params& p) {
-  return p.batch * p.heads * p.levels * reach_chunks(p) * sizeof(Reach);
-}
-__device__ __forceinline__ Reach* reaches_of(const BackwardParams& p, int64_t batch, int32_t head,
-                                             int32_t level) {
-  Reach* table = reinterpret_cast<Reach*>(static_cast<char*>(p.scratch) + reach_offset(p));
-  return table + ((batch * p.heads + head) * p.levels + level) * reach_chunks(p);
+
+// Where the chunks of a (batch, head, level) begin in the table, [batch, heads, levels, chunks].
+__host__ __device__ __forceinline__ int64_t reach_index(const Params& p, int32_t chunks,
+                                                        int64_t batch, int32_t head,
+                                                        int32_t level) {
+  return ((batch * p.heads + head) * p.levels + level) * chunks;
 }
 
-// Each warp serves kReachQueries queries of a (batch, head, level).
+// Each warp serves a chunk of a (batch, head, level).
 template <typename scalar_t, Source kSource>
 __global__ void __launch_bounds__(kReachThreads)
-    reach_kernel(const __grid_constant__ BackwardParams p) {
+    reach_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch, int32_t chunks,
+                 Reach* reaches) {
   const int lane = threadIdx.x % 32;
   int64_t warp = int64_t(blockIdx.x) * (kReachThreads / 32) + threadIdx.x / 32;
   const int32_t level_index = static_cast<int32_t>(warp % p.levels);
   warp /= p.levels;
   const int32_t head = static_cast<int32_t>(warp % p.heads);
-  const int64_t chunk = warp / p.heads, batch = p.first_batch + blockIdx.z;
-  if (chunk >= reach_chunks(p)) return;
+  const int64_t chunk = warp / p.heads, batch = first_batch + blockIdx.z;
+  if (chunk >= chunks) return;
 
-  const auto level = LevelLoader<LevelOf<scalar_t, kSource>>::read(p, level_index);
-  int32_t first_point = 0;
-  for (int32_t l = 0; l < level_index; ++l) first_point += points_of_level(p, l);
+  const auto level = read_level_entry<LevelEntry<scalar_t, kSource>>(p, level_index);
+  const int32_t first_point = first_point_of_level(p, level_index);
   const int32_t level_points = points_of_level(p, level_index);
   const int64_t first_query = chunk * kReachQueries;
   const int32_t queries =
@@ -62,11 +58,12 @@ __global__ void __launch_bounds__(kReachThreads)
   Reach reach{{INT32_MAX, INT32_MAX}, {kNoCell, kNoCell}};
   for (int32_t i = lane; i < queries * level_points; i += 32) {
     const int32_t query = i / level_points;
-    const int64_t query_row = batch * p.queries + first_query + query;
+    const int64_t query_index = batch * p.queries + first_query + query;
     PointReader<scalar_t, kSource> point;
-    point.start(p, query_row * p.heads + head, query_row, first_point + i - query * level_points);
-    point.read_location(p);
-    const Cell cell = find_cell(locate(p, point, level_index, level), level, p.method);
+    point.seek(p, query_index * p.heads + head, query_index,
+               first_point + i - query * level_points);
+    point.read_xy(p);
+    const Cell cell = find_cell(find_position(p, point, level_index, level), level, p.method);
     if (cell.row == kNoCell) continue;
     reach.first = {min(reach.first.row, cell.row), min(reach.first.column, cell.column)};
     reach.last = {max(reach.last.row, cell.row), max(reach.last.column, cell.column)};
@@ -79,15 +76,17 @@ __global__ void __launch_bounds__(kReachThreads)
     reach.last.row = max(reach.last.row, other(reach.last.row));
     reach.last.column = max(reach.last.column, other(reach.last.column));
   }
-  if (lane == 0) reaches_of(p, batch, head, level_index)[chunk] = reach;
+  if (lane == 0) reaches[reach_index(p, chunks, batch, head, level_index) + chunk] = reach;
 }
 
 template <typename scalar_t>
-const char* launch_reach(const BackwardParams& p, void* stream) {
+const char* launch_reach_kernel(const BackwardParams& p, const BackwardPlan& plan, void* stream) {
   return with_source<scalar_t>(p, [&](auto source) {
-    const int64_t warps = int64_t(reach_chunks(p)) * p.heads * p.levels;
-    return launch(reach_kernel<scalar_t, source.value>, p,
-                  ceil_div<int64_t>(warps, kReachThreads / 32), 1, kReachThreads, 0, false, stream);
+    const int32_t chunks = plan.slicing.reach_chunks;
+    const int64_t warps = int64_t(chunks) * p.heads * p.levels;
+    const Grid grid{ceil_div<int64_t>(warps, kReachThreads / 32), 1, kReachThreads, 0, nullptr};
+    return launch(reach_kernel<scalar_t, source.value>, p, grid, stream, chunks,
+                  in_scratch<Reach>(p, plan.scratch.reaches));
   });
 }
 

@@ -1,22 +1,54 @@
-// How levels are cut into slices.
+// How gather cuts levels into slices, and what it does when more points lie near a slice than fit.
+//
+// A block owns a slice, a rectangle of a level's pixels, and finds the points that touch it. It
+// holds as many at a time as have room in shared memory: kGatherWarps * candidates. If more lie
+// near the slice, four things help, in this order:
+//
+// * The plan shrinks. choose_slicing() takes as much shared memory as lets kGatherBlocks blocks
+// share
+//   a multiprocessor. Where candidates and slices would become too small for that, a block gets a
+//   multiprocessor for itself, and then they shrink as far as it takes.
+// * The plan cuts. A level has at least `min_slices` slices: so many that its points, were they
+//   spread evenly, would fit.
+// * The block halves. A slice of more than `sum_pixels` pixels near which more points lie is cut in
+//   two along its longer side, again and again, and each part is looked at anew.
+// * The block works in rounds. The sums of a slice of at most `sum_pixels` pixels stay in shared
+//   memory while the block takes as many points at a time as there is room for. With more than
+//   kMaxHeld points in a level all slices are that small, so that none is halved: looking for
+//   points would take longer than adding them.
 #pragma once
 
-#include "deformable_detr/cuda/launch.cuh"
+#include <algorithm>
+#include <utility>
+
+#include "deformable_detr/cuda/layout.cuh"
+#include "deformable_detr/cuda/plan.h"
+#include "deformable_detr/cuda/points.cuh"
 
 namespace ms_deform_attn::cuda {
 
-// ----------------------------------------------------------------------------------- gather: cells
+constexpr int kGatherThreads = 256;
+constexpr int kGatherWarps = kGatherThreads / 32;
+constexpr int kMaxCandidates = 512;                      // that a warp holds
+constexpr int kMaxHeld = kMaxCandidates * kGatherWarps;  // that a block holds
+constexpr int kMaxSlicePixels = 1024;
+constexpr int kMaxSide = 64;  // of a slice
+static_assert(kMaxHeld < 1 << 16, "slots of points and counts of them have 16 bits");
 
-// A point lies in the cell of its north-western corner, the first of which are at -1: of all points
-// that touch a pixel, each lies in one of four cells. Sampled by nearest, a point lies in that of
-// its pixel, and touches no other; where it is not finite, row or column are -1, which no pixel is.
+// ------------------------------------------------------------------------------------------- cells
+
+// A point lies in the cell of its north-western corner, of which the first row and column are -1.
+// Each point that touches a pixel lies in one of four cells. With nearest sampling, a point lies in
+// the cell of its pixel and touches no other; one that is not finite has row or column -1, which is
+// no pixel.
 struct Cell {
   int32_t row, column;
 };
 constexpr int32_t kNoCell = -2;
 
 template <typename acc>
-__device__ __forceinline__ Cell find_cell(const Place<acc>& at, const Level& level, Method method) {
+__device__ __forceinline__ Cell find_cell(const Position<acc>& at, const Level& level,
+                                          Method method) {
   if (method == Method::nearest) {
     return {at.y.nearest(level.height), at.x.nearest(level.width)};
   }
@@ -25,19 +57,20 @@ __device__ __forceinline__ Cell find_cell(const Place<acc>& at, const Level& lev
           touches ? static_cast<int32_t>(at.x.floor) : kNoCell};
 }
 
-// Some pixels of a level, and their cells: a row to the north and a column to the west more.
+// Pixels of a level, and the cells of all points that touch them: one more row to the north and
+// one more column to the west.
 struct Rectangle {
   int32_t row, column, height, width;
 
   __device__ __forceinline__ int32_t pixels() const { return height * width; }
   __device__ __forceinline__ int32_t cells() const { return (height + 1) * (width + 1); }
-  // The number of a cell, row by row, or kOutside.
-  __device__ __forceinline__ int32_t number(const Cell& cell) const {
+  // The index of a cell, row by row, or kOutside.
+  __device__ __forceinline__ int32_t index_of(const Cell& cell) const {
     const int32_t south = cell.row - row + 1, east = cell.column - column + 1;
     const bool inside = is_inside(south, height + 1) & is_inside(east, width + 1);
     return inside ? south * (width + 1) + east : kOutside;
   }
-  // Cuts the longer side in two.
+  // One of the two parts into which a cut through the longer side divides it.
   __device__ __forceinline__ Rectangle half(bool second) const {
     Rectangle part = *this;
     if (height > width) {
@@ -53,8 +86,8 @@ struct Rectangle {
   }
 };
 
-// Whether a point may lie in a cell of a rectangle: seldom yes where it does not, never no where
-// it does. An axis at a time, in pixels.
+// A conservative test of whether a point lies in a cell of a rectangle: false positives, never
+// false negatives. One axis at a time, in pixels.
 template <typename acc>
 struct MayTouch {
   acc size, middle, extent;
@@ -74,38 +107,22 @@ struct MayTouch {
 
  private:
   __device__ __forceinline__ bool is_near(acc distance, acc error, Method method) const {
-    // Nearest moves points into the map.
+    // Nearest sampling moves points into the map.
     if (method == Method::nearest) distance = min(max(distance, -middle), size - middle);
     return fabs(distance) < extent + error;
   }
   static __device__ __forceinline__ acc rounding(acc pixels) { return acc(1e-6) * pixels; }
 };
 
-// ---------------------------------------------------------------------------------- gather: slices
+// ------------------------------------------------------------------------------------------ slices
 
-// The most points a level has, of all queries of a (batch, head).
-int64_t max_level_points(const Params& p) {
-  int64_t points = p.points_per_level;
-  for (int32_t l = 0; l < p.levels && p.points_per_level == 0; ++l) {
-    points = std::max<int64_t>(points, p.level_points[l]);
-  }
-  return points * p.queries;
-}
-
-constexpr int kGatherThreads = 256;
-constexpr int kGatherWarps = kGatherThreads / 32;
-constexpr int kLookAhead = 4;   // groups of 32 points that a warp looks at together
-constexpr int kMaxFound = 512;  // points a warp finds at a time, at most
-constexpr int kMaxSide = 64;    // of a slice
-constexpr int kFewSlicePixels = 32;
-
-// Divides numbers below 2^31.
+// Divides integers in [0, 2^31) by a constant of the block, with a multiplication.
 struct Divisor {
   uint32_t factor, shift;
 
   Divisor() = default;
   __device__ __forceinline__ explicit Divisor(int32_t by) {
-    // factor = 2^(31 + shift) / by, rounded up: divided in two steps, as in 64 bits it takes long.
+    // factor = 2^(31 + shift) / by, rounded up, in two steps, because a 64-bit division takes long.
     shift = by > 1 ? 32 - __clz(by - 1) : 0;
     const uint32_t high = (1u << 31) / by, left = (1u << 31) % by;
     const uint64_t rest = uint64_t(left) << shift;
@@ -118,12 +135,12 @@ struct Divisor {
   }
 };
 
-// The slices of a level: rectangles, about square, row by row.
-struct Slices {
-  int32_t number, across;  // how many, and how many side by side
-  int32_t height, width;   // of the first
-  int32_t first_point;     // of the level
-  Divisor by_points;
+// The slices of a level, about square, row by row.
+struct LevelSlices {
+  int32_t count, across;  // in all, and side by side
+  int32_t height, width;  // of the first
+  int32_t first_point;    // of the level, in a row's points
+  Divisor by_points;      // divides by the points of the level
 
   __device__ __forceinline__ Rectangle at(const Level& level, int32_t index) const {
     const int32_t down = index / across;
@@ -132,48 +149,34 @@ struct Slices {
   }
 };
 
-// What suits a problem.
-struct Slicing {
-  int32_t pixels;        // of a slice, at most
-  int32_t fewest;        // slices of a level, where that makes them kFewSlicePixels or more
-  int32_t found;         // points near its pixels that a warp looks for at a time
-  int32_t kept_pixels;   // whose sums fit into shared memory
-  int32_t reach_chunks;  // of each level, or 0: reach_kernel did not run
+constexpr int kSmallSlicePixels = 32;  // min_slices does not make slices smaller than that
 
-  __device__ __forceinline__ Slices cut(const Params& p, int32_t index, const Level& level) const {
-    Slices slices{};
-    for (int32_t l = 0; l < index; ++l) slices.first_point += points_of_level(p, l);
-    slices.by_points = Divisor(max(points_of_level(p, index), 1));
-    const int32_t all = level.height * level.width;
-    if (all == 0) return slices;
-    // Unsigned, as sides may be near 2^31.
-    const auto shares = [](uint32_t size, uint32_t most) {
-      return static_cast<int32_t>(ceil_div(size, most));
-    };
-    const auto share = [&](int32_t size, int32_t most) { return shares(size, shares(size, most)); };
-    const int32_t most = min(pixels, max(shares(all, fewest), kFewSlicePixels));
-    const int32_t side = min(static_cast<int32_t>(sqrtf(static_cast<float>(most))), kMaxSide);
-    slices.width = share(level.width, side);
-    slices.height = share(level.height, min(most / slices.width, kMaxSide));
-    slices.across = shares(level.width, slices.width);
-    slices.number = shares(level.height, slices.height) * slices.across;
-    return slices;
-  }
-  // Points a block finds at a time, at most.
-  __host__ __device__ __forceinline__ int slots() const { return kGatherWarps * found; }
-  // Room for the cells of a slice: even, as two counters share a word.
-  __host__ __device__ __forceinline__ int cells() const {
-    return (pixels + 2 * kMaxSide + 3) / 2 * 2;
-  }
-  // About as many slices as all levels have.
-  int64_t slices(const Params& p) const {
-    return p.spatial_size / pixels * 5 / 4 + int64_t(p.levels) * fewest + 2;
-  }
-};
+__device__ __forceinline__ LevelSlices cut_level(const Params& p, const Slicing& slicing,
+                                                 int32_t index, const Level& level) {
+  LevelSlices slices{};
+  slices.first_point = first_point_of_level(p, index);
+  slices.by_points = Divisor(max(points_of_level(p, index), 1));
+  const int32_t all = level.height * level.width;
+  if (all == 0) return slices;
+  // Unsigned, as sides may be near 2^31.
+  const auto parts = [](uint32_t size, uint32_t most) {
+    return static_cast<int32_t>(ceil_div(size, most));
+  };
+  const auto even_part = [&](int32_t size, int32_t most) { return parts(size, parts(size, most)); };
+  const int32_t most =
+      min(slicing.slice_pixels, max(parts(all, slicing.min_slices), kSmallSlicePixels));
+  const int32_t side = min(static_cast<int32_t>(sqrtf(static_cast<float>(most))), kMaxSide);
+  slices.width = even_part(level.width, side);
+  slices.height = even_part(level.height, min(most / slices.width, kMaxSide));
+  slices.across = parts(level.width, slices.width);
+  slices.count = parts(level.height, slices.height) * slices.across;
+  return slices;
+}
 
-// In which row of a rectangle a pixel is: exact for sides up to kMaxSide and up to 2^16 / kMaxSide
-// pixels.
-struct RowOf {
+// The image row, in a rectangle, of a pixel's index there. Exact for sides up to kMaxSide and up to
+// 2^16 / kMaxSide pixels.
+struct RowOfPixel {
+  static_assert(kMaxSlicePixels * kMaxSide <= 1 << 16);
   uint32_t factor;  // 2^16 / width, rounded up
 
   __device__ __forceinline__ int32_t operator()(int32_t pixel) const {
@@ -181,37 +184,38 @@ struct RowOf {
   }
 };
 
-// What a block is at: a part of a slice. Slices are halved while there are too many points near.
-struct Part {
-  int32_t level;  // p.levels: no more slices
+// Where a block is: in a slice, or in one of the parts of a slice that it halved.
+struct SliceCursor {
+  int32_t level;  // p.levels after the last slice
   Rectangle slice, pixels;
-  int32_t depth, number;  // of 2^depth parts
-  RowOf row_of;           // in `pixels`
+  int32_t depth, part;      // part of 2^depth
+  RowOfPixel row_of_pixel;  // in `pixels`
 
-  // The last levels, which are the coarse ones in most models, come first: their pixels have the
-  // most points.
-  template <typename LevelType>
-  __device__ __forceinline__ void start(const Params& p, const LevelType* levels,
-                                        const Slices* slices, int64_t index) {
-    for (level = p.levels - 1; level >= 0 && index >= slices[level].number; --level) {
-      index -= slices[level].number;
+  // Goes to the slice with this index among those of all levels. The last levels, which are the
+  // coarse ones in most models, come first, because their pixels have the most points.
+  template <typename LevelEntry>
+  __device__ __forceinline__ void seek(const Params& p, const LevelEntry* levels,
+                                       const LevelSlices* slices, int64_t index) {
+    for (level = p.levels - 1; level >= 0 && index >= slices[level].count; --level) {
+      index -= slices[level].count;
     }
     if (level < 0) {
       level = p.levels;
       return;
     }
     slice = slices[level].at(levels[level], static_cast<int32_t>(index));
-    depth = number = 0;
+    depth = part = 0;
     cut();
   }
+  // Goes to the first half of the present part.
   __device__ __forceinline__ void halve() {
     ++depth;
-    number *= 2;
+    part *= 2;
     cut();
   }
-  // False after the last part.
-  __device__ __forceinline__ bool next() {
-    for (++number; depth > 0 && number % 2 == 0; --depth) number /= 2;
+  // Goes to the next part. Returns false after the last one.
+  __device__ __forceinline__ bool advance() {
+    for (++part; depth > 0 && part % 2 == 0; --depth) part /= 2;
     if (depth > 0) cut();
     return depth > 0;
   }
@@ -219,9 +223,121 @@ struct Part {
  private:
   __device__ __forceinline__ void cut() {
     pixels = slice;
-    for (int32_t d = depth - 1; d >= 0; --d) pixels = pixels.half(number >> d & 1);
-    row_of.factor = ((1u << 16) + pixels.width - 1) / pixels.width;
+    for (int32_t d = depth - 1; d >= 0; --d) pixels = pixels.half(part >> d & 1);
+    row_of_pixel.factor = ((1u << 16) + pixels.width - 1) / pixels.width;
   }
 };
+
+// ---------------------------------------------------------------------------------- shared memory
+
+// The shared memory of a gather block, in this order. A point that it holds is known by its slot.
+template <typename acc, typename LevelEntry>
+struct GatherMemory {
+  PerCorner<acc>* weights;  // [slot], corner weight * attention weight
+  acc* sums;                // [pixel][channel], of `sum_pixels` pixels or one for each team
+  LevelEntry* levels;
+  LevelSlices* slices;     // [level]
+  int32_t* query_offsets;  // [slot], of the point's query in grad_output
+  int32_t* candidates;     // [slot], the point's index in the level, and later its cell
+  uint16_t* cell_starts;   // [cell], of its points in `order`; one more entry holds the end
+  uint16_t* warp_cells;    // [warp][cell], the warp's points there, and later where the next goes
+  uint16_t* order;         // slots, sorted by cell
+
+  static __host__ __device__ int slots(const Slicing& slicing) {
+    return kGatherWarps * slicing.candidates;
+  }
+  // Room for the cells of a slice. Even, as two counts of 16 bits share a word.
+  static __host__ __device__ int cells(const Slicing& slicing) {
+    return (slicing.slice_pixels + 2 * kMaxSide + 3) / 2 * 2;
+  }
+  static __host__ __device__ int sum_rows(const Slicing& slicing, int teams) {
+    return slicing.sum_pixels > teams ? slicing.sum_pixels : teams;
+  }
+  static int64_t bytes(const Slicing& slicing, int teams, int channels, int32_t levels) {
+    return int64_t(slots(slicing)) *
+               (sizeof(PerCorner<acc>) + 2 * sizeof(int32_t) + sizeof(uint16_t)) +
+           int64_t(sum_rows(slicing, teams)) * channels * sizeof(acc) +
+           levels * int64_t(sizeof(LevelEntry) + sizeof(LevelSlices)) +
+           int64_t((1 + kGatherWarps) * cells(slicing) + 2) * sizeof(uint16_t);
+  }
+  __device__ GatherMemory(char* memory, const Slicing& slicing, int teams, int channels,
+                          int32_t n_levels) {
+    weights = reinterpret_cast<PerCorner<acc>*>(memory);
+    sums = reinterpret_cast<acc*>(weights + slots(slicing));
+    levels = reinterpret_cast<LevelEntry*>(sums + sum_rows(slicing, teams) * channels);
+    slices = reinterpret_cast<LevelSlices*>(levels + n_levels);
+    query_offsets = reinterpret_cast<int32_t*>(slices + n_levels);
+    candidates = query_offsets + slots(slicing);
+    cell_starts = reinterpret_cast<uint16_t*>(candidates + slots(slicing));
+    warp_cells = cell_starts + cells(slicing) + 2;
+    order = warp_cells + kGatherWarps * cells(slicing);
+  }
+};
+
+// -------------------------------------------------------------------------------------------- plan
+
+struct DeviceLimits {
+  int multiprocessors, block_memory, multiprocessor_memory;  // shared memory in bytes
+
+  const char* find() {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    for (const auto& [attribute, limit] :
+         {std::pair{cudaDevAttrMultiProcessorCount, &multiprocessors},
+          std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &block_memory},
+          std::pair{cudaDevAttrMaxSharedMemoryPerMultiprocessor, &multiprocessor_memory}}) {
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(limit, attribute, device);
+    }
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
+};
+
+constexpr int kGatherBlocks = 3;  // that share a multiprocessor, if their shared memory allows
+constexpr int kMinCandidates = 128;
+constexpr int kMinSlicePixels = 128;
+constexpr int kSumPixels = 64;
+constexpr int kStaticBytes = 2048;  // of shared memory that a block has besides, at most
+// With a table of reaches:
+constexpr int kReachMinSlices = 16;
+constexpr int kSumBytes = 32 * 1024;
+
+// For a block whose teams hold `channels` channels each. reach_chunks: as in Slicing.
+template <typename Memory, typename acc>
+Slicing choose_slicing(const BackwardParams& p, const DeviceLimits& limits, int teams, int channels,
+                       int32_t reach_chunks) {
+  const int64_t points = max_level_points(p);
+  Slicing slicing;
+  if (reach_chunks > 0) {
+    const int pixels = std::min(kSumBytes / (channels * int(sizeof(acc))), kMaxSlicePixels);
+    slicing = {pixels, kReachMinSlices, kMaxCandidates, pixels, reach_chunks};
+  } else {
+    // Enough slices to fill the GPU twice, and all points at a time, if they fit.
+    const int64_t blocks_of_slice = p.batch * p.heads * ceil_div(p.channels, channels);
+    const int64_t pixels = p.spatial_size * blocks_of_slice / (2 * limits.multiprocessors);
+    const int64_t of_warp = ceil_div<int64_t>(points, kGatherThreads) * 32;
+    slicing = {int32_t(std::clamp<int64_t>(pixels, kMinSlicePixels, kMaxSlicePixels)), 1,
+               int32_t(std::clamp<int64_t>(of_warp, 32, kMaxCandidates)), kSumPixels, 0};
+  }
+  const auto shrink = [&](int64_t bytes, int candidates, int pixels) {
+    const auto fits = [&] { return Memory::bytes(slicing, teams, channels, p.levels) <= bytes; };
+    while (slicing.candidates > candidates && !fits()) slicing.candidates -= 32;
+    while (slicing.slice_pixels > pixels && !fits()) {
+      slicing.slice_pixels /= 2;
+      slicing.sum_pixels = std::min(slicing.sum_pixels, slicing.slice_pixels);
+    }
+  };
+  const int shared = std::max(limits.multiprocessor_memory / kGatherBlocks, 48 * 1024);
+  shrink(std::min(limits.block_memory, shared) - kStaticBytes, kMinCandidates, kSmallSlicePixels);
+  shrink(limits.block_memory - kStaticBytes, 32, 2);
+  if (reach_chunks == 0 && points > Memory::slots(slicing)) {
+    slicing.min_slices = int32_t(ceil_div<int64_t>(4 * points, 3 * Memory::slots(slicing)));
+  }
+  return slicing;
+}
+
+// About as many slices as all levels have.
+inline int64_t estimate_slices(const Params& p, const Slicing& slicing) {
+  return p.spatial_size / slicing.slice_pixels * 5 / 4 + int64_t(p.levels) * slicing.min_slices + 2;
+}
 
 }  // namespace ms_deform_attn::cuda

@@ -1,41 +1,92 @@
-// How kernels are launched.
+// How kernels are launched, and how sizes known at run time become constants of a kernel.
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 #include <utility>
 
-#include "deformable_detr/cuda/layout.cuh"
-#include "deformable_detr/cuda/points.cuh"
-#include "deformable_detr/cuda/rows.cuh"
+#include "deformable_detr/cuda/vec.cuh"
+#include "deformable_detr/ms_deform_attn.h"
 
 namespace ms_deform_attn::cuda {
 
-// ------------------------------------------------------------------------------------------ launch
+constexpr int64_t kMaxBlocksYZ = 65535;  // of a grid
 
-// Launches a kernel over groups of tiles (x), groups of heads (y) and batches (z; as many launches
-// as it takes). Returns null, or the error.
+// The blocks of a kernel. As z they have the batches.
+struct Grid {
+  int64_t blocks_x, blocks_y;
+  int threads;
+  int64_t shared_memory;           // dynamic, in bytes
+  const char* too_much_memory;     // the error where a block cannot have that
+  bool overlaps_previous = false;  // see below
+};
+
+constexpr int64_t kFreeSharedMemory = 16 * 1024;  // dynamic, which every kernel here may have
+
+// The most dynamic shared memory that the current device lets a block of this kernel have.
+template <typename Kernel>
+const char* find_shared_memory_limit(Kernel kernel, int64_t& limit) {
+  int device = 0, of_block = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  limit = of_block - static_cast<int64_t>(attributes.sharedSizeBytes);
+  return nullptr;
+}
+
+template <typename Kernel>
+const char* fits_shared_memory(Kernel kernel, int64_t bytes, bool& fits) {
+  fits = bytes <= kFreeSharedMemory;
+  if (fits) return nullptr;
+  int64_t limit = 0;
+  const char* error = find_shared_memory_limit(kernel, limit);
+  fits = bytes <= limit;
+  return error;
+}
+
+// Lets a kernel have this much dynamic shared memory. It is allowed all that the device gives,
+// whatever this call needs, because the limit is the process's: a smaller one, set by another
+// thread between this one's setting and its launch, would make the launch fail.
+template <typename Kernel>
+const char* allow_shared_memory(Kernel kernel, const Grid& grid) {
+  if (grid.shared_memory <= kFreeSharedMemory) return nullptr;
+  int64_t limit = 0;
+  if (const char* error = find_shared_memory_limit(kernel, limit)) return error;
+  if (grid.shared_memory > limit) return grid.too_much_memory;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Launches kernel(p, first_batch, arguments...), as often as the batches take: its blocks serve
+// those from first_batch on. Returns null, or the error.
 template <typename ParamsType, typename... Arguments>
-const char* launch(void (*kernel)(ParamsType, Arguments...), ParamsType p, int64_t blocks_x,
-                   int64_t blocks_y, int threads, int64_t shared_memory, bool overlap_previous,
-                   void* stream, Arguments... arguments) {
-  if (p.levels > kMaxLevels) return "spatial_shapes has too many levels, expected at most 1024";
-  if (blocks_x > INT32_MAX) return "sampling_locations has too many queries, expected below 2^31";
-  if (blocks_y > kMaxBlocksYZ) return "value has too many heads, expected at most 65535";
-  for (; p.first_batch < p.batch; p.first_batch += kMaxBlocksYZ) {
-    const int64_t batches = std::min(p.batch - p.first_batch, kMaxBlocksYZ);
+const char* launch(void (*kernel)(ParamsType, int64_t, Arguments...), const ParamsType& p,
+                   const Grid& grid, void* stream, Arguments... arguments) {
+  if (grid.blocks_x > INT32_MAX) {
+    return "sampling_locations has too many queries, expected below 2^31";
+  }
+  if (grid.blocks_y > kMaxBlocksYZ) return "value has too many heads, expected at most 65535";
+  if (const char* error = allow_shared_memory(kernel, grid)) return error;
+  for (int64_t first_batch = 0; first_batch < p.batch; first_batch += kMaxBlocksYZ) {
+    const int64_t batches = std::min(p.batch - first_batch, kMaxBlocksYZ);
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y),
-                          static_cast<unsigned>(batches));
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_memory;
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks_x),
+                          static_cast<unsigned>(grid.blocks_y), static_cast<unsigned>(batches));
+    config.blockDim = dim3(grid.threads);
+    config.dynamicSmemBytes = grid.shared_memory;
     config.stream = static_cast<cudaStream_t>(stream);
     cudaLaunchAttribute overlap;
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
-    config.numAttrs = overlap_previous ? 1 : 0;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p, arguments...);
+    config.numAttrs = grid.overlaps_previous ? 1 : 0;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p, first_batch, arguments...);
     if (error != cudaSuccess) {
       cudaGetLastError();  // so that it is not found by whoever asks next
       return cudaGetErrorString(error);
@@ -44,36 +95,18 @@ const char* launch(void (*kernel)(ParamsType, Arguments...), ParamsType p, int64
   return nullptr;
 }
 
-// The tiles of a layout: how many blocks, where each serves `tiles` of them.
-template <typename Layout>
-int64_t tile_blocks(const Params& p, int tiles) {
-  return ceil_div<int64_t>(ceil_div<int64_t>(p.queries, Layout::kTileQueries), tiles);
+// On sm_90 a kernel whose grid overlaps the previous one may start while that still runs
+// (programmatic dependent launch). The previous one says from where on; the kernel itself has to
+// wait before it ends, so that whatever follows it in the stream also follows both.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
-template <typename Layout>
-int64_t head_blocks(const Params& p) {
-  return ceil_div(p.heads, Layout::kTileHeads);
-}
-
-// with_source<scalar_t>(p, [&](auto source) { ... source.value ... }): how the points are given.
-template <typename scalar_t, typename Function>
-auto with_source(const Params& p, Function&& function) {
-  const auto with = [&](auto same, auto mixed) {
-    if constexpr (!std::is_same_v<scalar_t, acc_t<scalar_t>>) {
-      const auto is_mixed = [&](const Operand& x) { return x.data && x.dtype != p.value_dtype; };
-      if (is_mixed(p.sampling_locations) || is_mixed(p.attention_weights) ||
-          is_mixed(p.sampling_offsets) || is_mixed(p.attention_logits) ||
-          is_mixed(p.reference_points)) {
-        return function(mixed);
-      }
-    }
-    return function(same);
-  };
-  if (p.fused()) {
-    return with(std::integral_constant<Source, Source::fused>{},
-                std::integral_constant<Source, Source::fused_mixed>{});
-  }
-  return with(std::integral_constant<Source, Source::same>{},
-              std::integral_constant<Source, Source::mixed>{});
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // with_lanes<2, 32>(n, [&](auto lanes) { ... lanes.value ... }): the power of two from 2 to 32 at
@@ -86,31 +119,13 @@ auto with_lanes(int64_t n, Function&& function) {
   return function(std::integral_constant<int, kMin>{});
 }
 
-// Dynamic shared memory beyond what a kernel may have without asking.
-template <typename Kernel>
-const char* allow_shared_memory(Kernel kernel, int64_t bytes, const char* too_much) {
-  if (bytes <= 16 * 1024) return nullptr;
-  int device = 0, limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  cudaFuncAttributes attributes;
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error == cudaSuccess) {
-    if (bytes + static_cast<int64_t>(attributes.sharedSizeBytes) > limit) return too_much;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(bytes));
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-// function(vector, lanes): how a row is held, or a part of it: in vectors of up to kMax channels.
+// with_vectors<scalar_t, kMax>(p, [&](auto vec, auto lanes) { ... }): how a team of the backward
+// holds channels, as constants: up to 8 lanes with vectors of kMax channels, or 32 with one each.
 template <typename scalar_t, int kMax, typename Function>
-const char* with_row(const Params& p, Function&& function) {
-  // Rows of double are long enough as they are.
+auto with_vectors(const Params& p, Function&& function) {
+  // float64 is for checking gradients, and its one channel a lane keeps the library small.
   if constexpr (sizeof(scalar_t) < sizeof(double)) {
-    if (p.channels % kMax == 0 && Rows<scalar_t, kMax>::fits(p)) {
+    if (p.channels % kMax == 0 && Indexing<scalar_t, kMax>::fits(p)) {
       return with_lanes<2, 8>(p.channels / kMax, [&](auto lanes) {
         return function(std::integral_constant<int, kMax>{}, lanes);
       });

@@ -1,13 +1,15 @@
-// Vectors of channels: how rows are loaded, stored and added to global memory.
+// Vectors of adjacent channels: how they are found, loaded, stored and added to in global memory.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <type_traits>
 
-#include "deformable_detr/dispatch.h"
+#include "deformable_detr/ms_deform_attn.h"
 
 namespace ms_deform_attn::cuda {
 
-// Conversion to and from the type that sums are kept in.
+// Converts to and from the type that sums are kept in.
 __device__ __forceinline__ double to_acc(double x) { return x; }
 __device__ __forceinline__ float to_acc(float x) { return x; }
 __device__ __forceinline__ float to_acc(half_t x) { return __half2float(x); }
@@ -53,19 +55,19 @@ struct Bits<16> {
   using type = uint4;
 };
 
-// N adjacent channels of a row, moved by one instruction of at most 16 bytes.
+// N adjacent channels, moved by one instruction of at most 16 bytes.
 template <typename scalar_t, int N>
 struct Vec {
   using bits_t = typename Bits<sizeof(scalar_t) * N>::type;
   bits_t bits{};
 
   // From a tensor that the kernel only reads.
-  static __device__ __forceinline__ Vec load(const scalar_t* row) {
-    return {__ldg(reinterpret_cast<const bits_t*>(row))};
+  static __device__ __forceinline__ Vec load(const scalar_t* from) {
+    return {__ldg(reinterpret_cast<const bits_t*>(from))};
   }
-  // To a tensor that the kernel does not read: it need not stay in the caches.
-  __device__ __forceinline__ void store(scalar_t* row) const {
-    __stcs(reinterpret_cast<bits_t*>(row), bits);
+  // To a tensor that the kernel does not read, so that it need not stay in the caches.
+  __device__ __forceinline__ void store(scalar_t* to) const {
+    __stcs(reinterpret_cast<bits_t*>(to), bits);
   }
 
   __device__ __forceinline__ void unpack(acc_t<scalar_t> (&x)[N]) const {
@@ -91,26 +93,62 @@ struct Vec {
   }
 };
 
-// row[i] += x[i], atomically.
+// to[i] += x[i], atomically.
 template <int N>
-__device__ __forceinline__ void atomic_add(double* row, const double (&x)[N]) {
+__device__ __forceinline__ void atomic_add(double* to, const double (&x)[N]) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) atomicAdd(row + i, x[i]);
+  for (int i = 0; i < N; ++i) atomicAdd(to + i, x[i]);
 }
 
 template <int N>
-__device__ __forceinline__ void atomic_add(float* row, const float (&x)[N]) {
+__device__ __forceinline__ void atomic_add(float* to, const float (&x)[N]) {
 #if __CUDA_ARCH__ >= 900
   if constexpr (N == 4) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(row), "f"(x[0]), "f"(x[1]),
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]),
                  "f"(x[2]), "f"(x[3])
                  : "memory");
   } else
 #endif
   {
 #pragma unroll
-    for (int i = 0; i < N; ++i) atomicAdd(row + i, x[i]);
+    for (int i = 0; i < N; ++i) atomicAdd(to + i, x[i]);
   }
 }
+
+// A pointer whose origin the compiler does not know. It would otherwise undo an addition that is
+// made once before a loop, and make it at each use in the loop instead.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
+// Finds the channels of a pixel in a tensor like value, or of a query in one like output. Vectors
+// are counted in 32 bits, so that an address is one multiply-add, where fits() allows it; single
+// elements (kVec == 1) are counted in 64 bits.
+template <typename scalar_t, int kVec>
+struct Indexing {
+  static bool fits(const Params& p) {
+    const int64_t heads = std::max(p.spatial_size, p.queries) * p.heads;
+    return kVec == 1 || heads * p.channels / kVec <= INT32_MAX;
+  }
+  // Of a pixel or query. Negative for kOutside.
+  static __device__ __forceinline__ int32_t offset(const Params& p, int32_t pixel) {
+    return kVec == 1 ? pixel : pixel * (p.heads * p.channels / kVec);
+  }
+  static __device__ __forceinline__ int4 offsets(const Params& p, const int32_t (&pixel)[4]) {
+    return make_int4(offset(p, pixel[0]), offset(p, pixel[1]), offset(p, pixel[2]),
+                     offset(p, pixel[3]));
+  }
+  template <typename element_t>
+  static __device__ __forceinline__ element_t* at(const Params& p, element_t* origin,
+                                                  int32_t offset) {
+    if constexpr (kVec == 1) {
+      return origin + int64_t(offset) * (p.heads * p.channels);
+    } else {
+      return origin + int64_t(offset) * kVec;
+    }
+  }
+};
 
 }  // namespace ms_deform_attn::cuda

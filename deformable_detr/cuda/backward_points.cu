@@ -1,0 +1,411 @@
+// The gradients of points, for every backward: of locations and attention weights, or in a fused
+// call of reference points, offsets and logits.
+//
+// points_kernel walks over the points as the forward does. Per point, the dot products of
+// grad_output with value at the four corners give the gradients of its weight and location. With
+// Strategy::direct (kAdd) it also adds grad_output, times attention and corner weight, to
+// grad_value at each corner; this needs no other kernel, but each addition goes to L2 by itself.
+//
+// A fused row has two passes over its points: grad_logit = weight * (grad_weight - sum of weight *
+// grad_weight) needs all of them first, and a reference point's gradient is a sum over points. The
+// numbers in between are RowGradients.
+#include "deformable_detr/cuda/backward_kernels.h"
+#include "deformable_detr/cuda/launch.cuh"
+#include "deformable_detr/cuda/layout.cuh"
+#include "deformable_detr/cuda/softmax.cuh"
+
+namespace ms_deform_attn::cuda {
+namespace {
+
+// ------------------------------------------------------------------------------------------ stores
+
+template <typename scalar_t>
+__device__ __forceinline__ void store_weight_gradient(const BackwardParams& p, bool fused,
+                                                      int64_t point, acc_t<scalar_t> x) {
+  void* grad = fused ? p.grad_attention_logits : p.grad_attention_weights;
+  if ((fused ? p.attention_logits : p.attention_weights).dtype == DType::f32) {
+    static_cast<float*>(grad)[point] = static_cast<float>(x);
+  } else {
+    static_cast<scalar_t*>(grad)[point] = from_acc<scalar_t>(x);
+  }
+}
+
+// Of a location or an offset.
+template <typename scalar_t>
+__device__ __forceinline__ void store_xy_gradient(const BackwardParams& p, bool fused,
+                                                  int64_t point, const Xy<acc_t<scalar_t>>& x) {
+  void* grad = fused ? p.grad_sampling_offsets : p.grad_sampling_locations;
+  if ((fused ? p.sampling_offsets : p.sampling_locations).dtype == DType::f32) {
+    const float xy[2] = {static_cast<float>(x.x), static_cast<float>(x.y)};
+    Vec<float, 2>::pack(xy).store(static_cast<float*>(grad) + 2 * point);
+  } else {
+    const acc_t<scalar_t> xy[2] = {x.x, x.y};
+    Vec<scalar_t, 2>::pack(xy).store(static_cast<scalar_t*>(grad) + 2 * point);
+  }
+}
+
+// ----------------------------------------------------------------------------------- row gradients
+
+// What the fused backward keeps of a row's points until it has seen all of them. The rows of a
+// block's teams are interleaved, so that the teams, which are at the same point, use different
+// banks of shared memory. Rows of so many points that they do not fit there are kept in scratch, by
+// the kernel with one channel a lane, so that the others need no registers for that.
+template <typename acc, int kTeams, bool kMayUseScratch>
+struct RowGradients {
+  // The gradients of the point's attention weight, and of its reference point's coordinates.
+  enum Quantity { kWeight, kX, kY, kBoxWidth, kBoxHeight, kQuantities };
+
+  acc* in_shared;   // of this team's row
+  acc* in_scratch;  // or null
+
+  static __host__ __device__ int64_t of_block(const BackwardParams& p) {
+    return (p.grad_reference_points ? int64_t(kQuantities) : 1) * p.points * kTeams;
+  }
+  __device__ __forceinline__ acc& at(const Params& p, int quantity, int32_t point) const {
+    if constexpr (kMayUseScratch) {
+      if (in_scratch) return in_scratch[(int64_t(quantity) * p.points + point) * kTeams];
+    }
+    return in_shared[(quantity * p.points + point) * kTeams];
+  }
+};
+
+// ---------------------------------------------------------------------------------------- products
+
+// Adds up four numbers over a team. Halves are exchanged instead of copied where possible: lane l
+// ends up with the total of number l % 4 (in a team of two, of l and l + 2).
+template <int kLanes, typename acc>
+__device__ __forceinline__ void reduce_corners(acc (&x)[4], int lane) {
+  const bool odd = lane & 1;
+  const acc keep0 = odd ? x[1] : x[0], give0 = odd ? x[0] : x[1];
+  const acc keep2 = odd ? x[3] : x[2], give2 = odd ? x[2] : x[3];
+  x[0] = keep0 + __shfl_xor_sync(0xffffffff, give0, 1);
+  x[1] = keep2 + __shfl_xor_sync(0xffffffff, give2, 1);
+  if constexpr (kLanes >= 4) {
+    const bool upper = lane & 2;
+    const acc keep = upper ? x[1] : x[0], give = upper ? x[0] : x[1];
+    x[0] = keep + __shfl_xor_sync(0xffffffff, give, 2);
+  }
+#pragma unroll
+  for (int offset = 4; offset < kLanes; offset *= 2) {
+    x[0] += __shfl_xor_sync(0xffffffff, x[0], offset);
+  }
+}
+
+// ------------------------------------------------------------------------------------------ kernel
+
+// The second pass of a fused row, from its RowGradients.
+template <typename scalar_t, int kTeam, typename Gradients>
+__device__ __forceinline__ void finish_fused_row(const BackwardParams& p, const TeamRow& row,
+                                                 const Softmax<acc_t<scalar_t>>& softmax,
+                                                 const Gradients& gradients,
+                                                 acc_t<scalar_t> lane_sum) {
+  using acc = acc_t<scalar_t>;
+  const int lane = threadIdx.x % kTeam;
+  const acc sum_of_row = team_sum<kTeam>(lane_sum);
+  __syncwarp();
+  for (int32_t i = lane; i < row.points; i += kTeam) {
+    const int64_t point = row.index * p.points + i;
+    const acc weight = softmax.weight(load_element<scalar_t>(p.attention_logits, point));
+    const acc grad_weight = gradients.at(p, Gradients::kWeight, i);
+    store_weight_gradient<scalar_t>(p, true, point, weight * (grad_weight - sum_of_row));
+  }
+  if (!p.grad_reference_points || !row.active()) return;
+  const int32_t coordinates = p.reference_levels * p.reference_coordinates;
+  for (int32_t i = lane; i < coordinates; i += kTeam) {
+    const int32_t level = i / p.reference_coordinates;
+    const int quantity = Gradients::kX + (i - level * p.reference_coordinates);
+    int32_t point = first_point_of_level(p, level);
+    const int32_t end = p.reference_levels > 1 ? point + points_of_level(p, level) : p.points;
+    acc sum = 0;
+    for (; point < end; ++point) sum += gradients.at(p, quantity, point);
+    static_cast<acc*>(p.grad_reference_points)[row.index * coordinates + i] = sum;
+  }
+}
+
+// kSplit groups of kLanes lanes share a row's points. softmaxes: [batch, queries, heads], written
+// in a fused call for the kernel that sums grad_value; none does with kAdd. row_gradients: in
+// scratch, or null where they fit into shared memory.
+template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, bool kAdd>
+__global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
+    points_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch,
+                  Softmax<acc_t<scalar_t>>* softmaxes, acc_t<scalar_t>* row_gradients) {
+  using acc = acc_t<scalar_t>;
+  using Layout = cuda::Layout<kLanes, kSplit>;
+  using Vector = Vec<scalar_t, kVec>;
+  using Indexing = cuda::Indexing<scalar_t, kVec>;
+  using LevelEntry = cuda::LevelEntry<scalar_t, kSource>;
+  constexpr int kTeam = Layout::kTeam;
+  constexpr bool kFused = kIsFused<kSource>;
+  extern __shared__ __align__(32) char memory[];
+  __shared__ int4 offsets[Layout::kSlots];                       // of each corner in value
+  __shared__ PerCorner<acc> weights[kAdd ? Layout::kSlots : 1];  // corner weight * attention weight
+  __shared__ PerCorner<acc> dots[Layout::kSlots];  // of grad_output with value at each corner
+  LevelEntry* levels = reinterpret_cast<LevelEntry*>(memory);
+
+  let_next_kernel_start();
+  const int lane = threadIdx.x % kTeam, group = lane / kLanes;
+  const int32_t all_points = p.points;
+  const int first_slot = Layout::first_slot();
+  const int own_slot = first_slot + lane * Layout::kPitch;
+  const bool strips = queries_are_pixels(p);
+
+  TeamRow row = find_row<Layout>(p, first_batch, blockIdx.x);
+  PointReader<scalar_t, kSource> reader;
+  const auto read_first = [&] {
+    reader.seek(p, row.index, row.query_index(p), lane);
+    if (lane < row.points) reader.read(p);
+  };
+  // The first points are on their way while the levels arrive.
+  LevelLoader<LevelEntry> level_loader;
+  level_loader.load(p);
+  if (!strips) read_first();
+  level_loader.store(p, levels);
+  if (strips) {
+    follow_strips(p, levels, row);
+    read_first();
+  }
+  Softmax<acc> softmax;
+  using RowGradients = cuda::RowGradients<acc, Layout::kTeams, kVec == 1>;
+  RowGradients gradients{};
+  acc lane_sum = 0;  // of weight * grad_weight, over this lane's points
+  if constexpr (kFused) {
+    softmax = find_softmax<scalar_t, kTeam>(p, row.index);
+    if (!kAdd && lane == 0 && row.active()) softmaxes[row.index] = softmax;
+    gradients.in_shared = reinterpret_cast<acc*>(levels + p.levels) + threadIdx.x / kTeam;
+    if (kVec == 1 && row_gradients) {
+      const int64_t block = (row.batch * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+      gradients.in_scratch =
+          row_gradients + block * RowGradients::of_block(p) + threadIdx.x / kTeam;
+    }
+  }
+
+  const int64_t origin = (row.batch * p.spatial_size * p.heads + row.head) * p.channels;
+  PointCursor cursor(p, lane);
+  for (int32_t first = 0; first < all_points; first += kTeam) {
+    // Each lane works out one point.
+    const bool has_point = first + lane < row.points;
+    Corners<acc> corners;
+    Xy<acc> offset = {};  // fused
+    Reference<acc> reference = {};
+    acc weight = 0;
+    if (has_point) {
+      weight = find_weight(p, reader, softmax);
+      corners = find_corners(p, reader, cursor.level, levels[cursor.level]);
+      if constexpr (kFused) {
+        offset = reader.xy(p);
+        reference = reader.reference(p, cursor.level);
+      }
+    }
+    reader.skip(p, kTeam);
+    if (first + kTeam + lane < row.points) reader.read(p);
+    __syncwarp();
+    offsets[own_slot] = Indexing::offsets(p, corners.pixel);
+    if constexpr (kAdd) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) weights[own_slot].corner[j] = weight * corners.share(j);
+    }
+    dots[own_slot] = {};
+    __syncwarp();
+
+    // The team walks over its channels, and for each vector of them over the points. A team of
+    // fewer than 8 lanes holds all channels.
+    const int32_t end_channel = kLanes < 8 ? 1 : p.channels;
+    for (int32_t team_channel = 0; team_channel < end_channel; team_channel += kLanes * kVec) {
+      const int32_t channel = team_channel + lane % kLanes * kVec;
+      const bool has_channel = row.active() && channel < p.channels;
+      const scalar_t* value = opaque(static_cast<const scalar_t*>(p.value) + origin + channel);
+      acc* grad_value = opaque(static_cast<acc*>(p.grad_value) + origin + channel);
+      acc grad[kVec] = {};
+      if (has_channel) {
+        Vector::load(static_cast<const scalar_t*>(p.grad_output) + row.index * p.channels + channel)
+            .unpack(grad);
+      }
+      Vector corner[4];  // one outside the map is not loaded, and its dot product not used
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) {
+        if (i * kSplit % 4 == 0 && first + i * kSplit >= all_points) break;
+        const int slot = first_slot + (i * kSplit + group) * Layout::kPitch;
+        const int4 offset4 = offsets[slot];
+        const int32_t offset_of[4] = {offset4.x, offset4.y, offset4.z, offset4.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (offset_of[j] >= 0 && has_channel) {
+            corner[j] = Vector::load(Indexing::at(p, value, offset_of[j]));
+          }
+        }
+        acc dot[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          acc x[kVec];
+          corner[j].unpack(x);
+#pragma unroll
+          for (int c = 0; c < kVec; ++c) dot[j] += grad[c] * x[c];
+          if constexpr (kAdd) {
+            const acc corner_weight = weights[slot].corner[j];
+            acc add[kVec];
+#pragma unroll
+            for (int c = 0; c < kVec; ++c) add[c] = grad[c] * corner_weight;
+            if (offset_of[j] >= 0 && has_channel) {
+              atomic_add<kVec>(Indexing::at(p, grad_value, offset_of[j]), add);
+            }
+          }
+        }
+        reduce_corners<kLanes>(dot, lane);
+#pragma unroll
+        for (int j = 0; j < 4; j += kLanes) {
+          if (lane % kLanes + j < 4) {
+            dots[slot].corner[lane % kLanes + j] += dot[j / kLanes];
+          }
+        }
+      }
+    }
+
+    // Each lane finishes its point.
+    __syncwarp();
+    if (has_point) {
+      PerCorner<acc> dot = dots[own_slot];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (corners.pixel[j] == kOutside) dot.corner[j] = 0;
+      }
+      const int64_t point = row.index * all_points + first + lane;
+      const LevelEntry& level = levels[cursor.level];
+      const acc grad_weight = corners.sample(dot.corner);
+      const bool bilinear = p.method == Method::bilinear;
+      const acc grad_x = bilinear ? weight * corners.d_location_x(dot.corner, level) : 0;
+      const acc grad_y = bilinear ? weight * corners.d_location_y(dot.corner, level) : 0;
+      if constexpr (!kFused) {
+        store_weight_gradient<scalar_t>(p, false, point, grad_weight);
+        store_xy_gradient<scalar_t>(p, false, point, {grad_x, grad_y});
+      } else {
+        gradients.at(p, RowGradients::kWeight, first + lane) = grad_weight;
+        lane_sum += weight * grad_weight;
+        // grad_x and grad_y are by location, which an offset of one moves by this much.
+        const bool box = p.reference_coordinates == 4;
+        const acc box_share = box ? level.units.box_share : 0;
+        const acc move_x =
+            box ? reference.width * box_share : 1 / static_cast<acc>(max(level.width, 1));
+        const acc move_y =
+            box ? reference.height * box_share : 1 / static_cast<acc>(max(level.height, 1));
+        // Zero for a point outside the map, whose offset or box may not be finite.
+        const bool inside = corners.first_pixel() != kOutside;
+        store_xy_gradient<scalar_t>(p, true, point,
+                                    {inside ? grad_x * move_x : 0, inside ? grad_y * move_y : 0});
+        if (p.grad_reference_points) {
+          const auto keep = [&](int quantity, acc x) {
+            gradients.at(p, quantity, first + lane) = x;
+          };
+          keep(RowGradients::kX, grad_x);
+          keep(RowGradients::kY, grad_y);
+          keep(RowGradients::kBoxWidth, inside ? grad_x * offset.x * box_share : 0);
+          keep(RowGradients::kBoxHeight, inside ? grad_y * offset.y * box_share : 0);
+        }
+      }
+    }
+    cursor.advance(p, kTeam);
+  }
+
+  if constexpr (kFused) finish_fused_row<scalar_t, kTeam>(p, row, softmax, gradients, lane_sum);
+}
+
+// ---------------------------------------------------------------------------------------- launcher
+
+constexpr int kSharingLanes = 16;  // that share a row's points, where rows are few
+constexpr int kFewPoints = 8;      // of a row, too few to share
+
+// with_layout<scalar_t, kAdd>(p, plan, [&](auto vec, auto lanes, auto split) { ... }): the kernel's
+// layout, as constants.
+template <typename scalar_t, bool kAdd, typename Function>
+auto with_layout(const BackwardParams& p, const BackwardPlan& plan, Function&& function) {
+  // To add, a lane's channels fill 16 bytes of sums, so that what a team adds is contiguous.
+  constexpr int kMaxVec = 16 / (kAdd ? sizeof(acc_t<scalar_t>) : sizeof(scalar_t));
+  const auto unshared = std::integral_constant<int, 1>{};
+  if (plan.scratch.row_gradients != Scratch::kNone) {
+    return function(unshared, std::integral_constant<int, 32>{}, unshared);
+  }
+  return with_vectors<scalar_t, kMaxVec>(p, [&](auto vec, auto lanes) {
+    // Only for the 32 channels that most models have, so that the library stays small.
+    if constexpr (vec.value * lanes.value == 32 && vec.value > 1) {
+      if (count_rows(p) <= kFewRows && p.points > kFewPoints) {
+        return function(vec, lanes, std::integral_constant<int, kSharingLanes / lanes.value>{});
+      }
+    }
+    return function(vec, lanes, unshared);
+  });
+}
+
+// with_kernel(p, plan, [&](auto kernel, auto layout, auto acc, int64_t level_bytes,
+// int64_t row_gradient_bytes) { ... }): the kernel for a problem, its Layout, the type of its sums,
+// and what a block's levels and RowGradients take.
+template <typename Function>
+const char* with_kernel(const BackwardParams& p, const BackwardPlan& plan, Function&& function) {
+  const auto with_types = [&](auto zero, auto add) {
+    using scalar_t = decltype(zero);
+    using acc = acc_t<scalar_t>;
+    return with_layout<scalar_t, add.value>(p, plan, [&](auto vec, auto lanes, auto split) {
+      return with_source<scalar_t>(p, [&](auto source) {
+        using Layout = cuda::Layout<lanes.value, split.value>;
+        using RowGradients = cuda::RowGradients<acc, Layout::kTeams, vec.value == 1>;
+        return function(
+            points_kernel<scalar_t, source.value, vec.value, lanes.value, split.value, add.value>,
+            Layout{}, acc{}, p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>)),
+            p.fused() ? RowGradients::of_block(p) * int64_t(sizeof(acc)) : 0);
+      });
+    });
+  };
+  const char* error = nullptr;
+  dispatch(p.value_dtype, [&](auto zero) {
+    if constexpr (!std::is_same_v<decltype(zero), double>) {
+      if (plan.strategy == Strategy::direct) {
+        error = with_types(zero, std::true_type{});
+        return;
+      }
+    }
+    error = with_types(zero, std::false_type{});
+  });
+  return error;
+}
+
+}  // namespace
+
+// ----------------------------------------------------------------------------------------- entries
+
+const char* plan_points(const BackwardParams& params, BackwardPlan& plan) {
+  if (!params.fused()) return nullptr;
+  if (plan.strategy != Strategy::direct) {
+    // With direct, points_kernel alone needs the softmaxes, and has them in registers.
+    const int64_t size =
+        params.value_dtype == DType::f64 ? sizeof(Softmax<double>) : sizeof(Softmax<float>);
+    plan.scratch.softmaxes = plan.scratch.reserve(count_rows(params) * size);
+  }
+  bool fits = false;
+  const char* error = with_kernel(
+      params, plan, [&](auto kernel, auto, auto, int64_t level_bytes, int64_t row_gradient_bytes) {
+        return fits_shared_memory(kernel, level_bytes + row_gradient_bytes, fits);
+      });
+  if (error || fits) return error;
+  plan.scratch.row_gradients = plan.scratch.bytes;  // so that with_kernel takes the right one
+  return with_kernel(params, plan, [&](auto, auto layout, auto, int64_t, int64_t of_block) {
+    using Layout = decltype(layout);
+    const int64_t blocks =
+        params.batch * Layout::query_blocks(params) * Layout::head_blocks(params);
+    plan.scratch.row_gradients = plan.scratch.reserve(blocks * of_block);
+    return static_cast<const char*>(nullptr);
+  });
+}
+
+const char* launch_points(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
+  return with_kernel(
+      params, plan,
+      [&](auto kernel, auto layout, auto zero, int64_t level_bytes, int64_t row_gradient_bytes) {
+        using Layout = decltype(layout);
+        using acc = decltype(zero);
+        acc* row_gradients = in_scratch<acc>(params, plan.scratch.row_gradients);
+        const Grid grid{Layout::query_blocks(params), Layout::head_blocks(params), kThreads,
+                        level_bytes + (row_gradients ? 0 : row_gradient_bytes), kTooManyLevels};
+        return launch(kernel, params, grid, stream,
+                      in_scratch<Softmax<acc>>(params, plan.scratch.softmaxes), row_gradients);
+      });
+}
+
+}  // namespace ms_deform_attn::cuda

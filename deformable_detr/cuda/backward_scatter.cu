@@ -1,0 +1,221 @@
+// Strategy::scatter: the gradient of value for problems whose queries are the pixels, by fewer
+// atomics than one for each corner of each point.
+//
+// Neighbouring queries sample neighbouring pixels, so many of their points fall on the same ones. A
+// block takes a square of queries, sorts their points by pixel, and adds up in registers what falls
+// on the same four corners before it adds that to grad_value. Sums are in any order.
+#include "deformable_detr/cuda/backward_kernels.h"
+#include "deformable_detr/cuda/block_scan.cuh"
+#include "deformable_detr/cuda/launch.cuh"
+#include "deformable_detr/cuda/layout.cuh"
+#include "deformable_detr/cuda/softmax.cuh"
+
+namespace ms_deform_attn::cuda {
+namespace {
+
+constexpr int kScatterThreads = 256;
+constexpr int kScatterQueries = 128;  // of a block
+constexpr int kScatterStrip = 8;      // image rows of queries
+constexpr int kPointsPerThread = 4;
+constexpr int kScatterPoints = kScatterThreads * kPointsPerThread;  // sorted at a time
+constexpr int kStagePoints = kScatterPoints / kScatterQueries;      // of each query
+constexpr int kBins = 1024;                                         // pixel index modulo kBins
+
+template <typename scalar_t, Source kSource, int kVec, int kLanes>
+__global__ void __launch_bounds__(kScatterThreads, 4)
+    scatter_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch,
+                   const Softmax<acc_t<scalar_t>>* softmaxes) {
+  using acc = acc_t<scalar_t>;
+  using Vector = Vec<scalar_t, kVec>;
+  using Indexing = cuda::Indexing<scalar_t, kVec>;
+  using LevelEntry = cuda::LevelEntry<scalar_t, kSource>;
+  constexpr int kTeamChannels = kLanes * kVec;
+  constexpr int kTeams = kScatterThreads / kLanes;
+  constexpr int kBinsPerThread = kBins / kScatterThreads;
+  extern __shared__ __align__(32) char memory[];
+  LevelEntry* levels = reinterpret_cast<LevelEntry*>(memory);
+  __shared__ PerCorner<acc> weights[kScatterPoints];  // corner weight * attention weight
+  __shared__ int4 pixels[kScatterPoints];             // of the corners
+  __shared__ uint16_t order[kScatterPoints];          // of the points, by bin
+  __shared__ int32_t bins[kBins];                     // the count of points, then where they start
+  __shared__ int32_t queries[kScatterQueries];
+
+  LevelLoader<LevelEntry> level_loader;
+  level_loader.load(p);
+  level_loader.store(p, levels);
+  const int team = threadIdx.x / kLanes;
+  const int32_t channel_blocks = ceil_div(p.channels, kTeamChannels);
+  const int32_t query_blocks = static_cast<int32_t>(ceil_div<int64_t>(p.queries, kScatterQueries));
+  const int32_t head_and_channels = blockIdx.x / query_blocks;
+  const int32_t head = head_and_channels / channel_blocks;
+  const int32_t channel =
+      head_and_channels % channel_blocks * kTeamChannels + threadIdx.x % kLanes * kVec;
+  const bool has_channel = channel < p.channels;
+  const int64_t batch = first_batch + blockIdx.z;
+  const int64_t first_query = int64_t(blockIdx.x % query_blocks) * kScatterQueries;
+  const int32_t n_queries =
+      static_cast<int32_t>(min(int64_t(kScatterQueries), p.queries - first_query));
+  acc* grad_value = opaque(static_cast<acc*>(p.grad_value) +
+                           (batch * p.spatial_size * p.heads + head) * p.channels + channel);
+  const scalar_t* grad_output = opaque(static_cast<const scalar_t*>(p.grad_output) +
+                                       (batch * p.queries * p.heads + head) * p.channels + channel);
+
+  if (threadIdx.x < n_queries) {
+    queries[threadIdx.x] =
+        static_cast<int32_t>(query_in_strips<kScatterStrip>(p, levels, first_query + threadIdx.x));
+  }
+  __syncthreads();
+
+  // This thread's points in each stage: some adjacent ones of a query.
+  constexpr int kThreadsPerQuery = kStagePoints / kPointsPerThread;
+  const int own_query = threadIdx.x / kThreadsPerQuery;
+  const int own_first = threadIdx.x % kThreadsPerQuery * kPointsPerThread;
+  const bool has_query = own_query < n_queries;
+  const int64_t query_index = has_query ? batch * p.queries + queries[own_query] : 0;
+  Softmax<acc> softmax;
+  if constexpr (kIsFused<kSource>) softmax = softmaxes[query_index * p.heads + head];
+
+  PointCursor cursor(p, own_first);
+  for (int32_t first = 0; first < p.points; first += kStagePoints) {
+    for (int i = threadIdx.x; i < kBins; i += kScatterThreads) bins[i] = 0;
+    __syncthreads();
+
+    int32_t own_bin[kPointsPerThread], rank[kPointsPerThread];
+    PointReader<scalar_t, kSource> reader;
+    reader.seek(p, query_index * p.heads + head, query_index, first + own_first);
+#pragma unroll
+    for (int i = 0; i < kPointsPerThread; ++i) {
+      const int slot = threadIdx.x * kPointsPerThread + i;
+      own_bin[i] = -1;
+      if (has_query && first + own_first + i < p.points) {
+        reader.read(p);
+        const acc weight = find_weight(p, reader, softmax);
+        const Corners<acc> corners = find_corners(p, reader, cursor.level, levels[cursor.level]);
+        pixels[slot] =
+            make_int4(corners.pixel[0], corners.pixel[1], corners.pixel[2], corners.pixel[3]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) weights[slot].corner[j] = weight * corners.share(j);
+        const int32_t pixel = corners.first_pixel();
+        if (pixel != kOutside) {
+          own_bin[i] = pixel % kBins;
+          rank[i] = atomicAdd(bins + own_bin[i], 1);
+        }
+      }
+      reader.skip(p, 1);
+      cursor.advance(p, 1);
+    }
+    cursor.advance(p, kStagePoints - kPointsPerThread);
+    __syncthreads();
+
+    // A counting sort of the points by bin.
+    int32_t in_bins[kBinsPerThread], of_thread = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      in_bins[i] = bins[threadIdx.x * kBinsPerThread + i];
+      of_thread += in_bins[i];
+    }
+    int32_t total;
+    int32_t start = exclusive_scan<kScatterThreads / 32>(of_thread, total);
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      bins[threadIdx.x * kBinsPerThread + i] = start;
+      start += in_bins[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPointsPerThread; ++i) {
+      if (own_bin[i] >= 0) {
+        order[bins[own_bin[i]] + rank[i]] =
+            static_cast<uint16_t>(threadIdx.x * kPointsPerThread + i);
+      }
+    }
+    __syncthreads();
+
+    // Each team adds up an equal run of the sorted points, in registers until the corners change.
+    const int of_team = (total + kTeams - 1) / kTeams;
+    const int begin = min(team * of_team, total), end = min(begin + of_team, total);
+    int4 current = make_int4(kOutside, kOutside, kOutside, kOutside);
+    acc sums[4][kVec] = {};
+    const auto flush = [&](int corner, int32_t pixel) {
+      if (pixel != kOutside && has_channel) {
+        atomic_add<kVec>(Indexing::at(p, grad_value, Indexing::offset(p, pixel)), sums[corner]);
+      }
+    };
+    for (int i = begin; i < end; ++i) {
+      const int slot = order[i];
+      const int4 pixel = pixels[slot];
+      const PerCorner<acc> weight = weights[slot];
+      Vector row;
+      if (has_channel) {
+        const int32_t query = queries[slot / kStagePoints];
+        row = Vector::load(Indexing::at(p, grad_output, Indexing::offset(p, query)));
+      }
+      if (pixel.x != current.x || pixel.y != current.y || pixel.z != current.z ||
+          pixel.w != current.w) {
+        // The eastern pixels may be the next point's western ones.
+        const bool next_column = pixel.x == current.y && pixel.z == current.w;
+        flush(0, current.x);
+        flush(2, current.z);
+        if (!next_column) {
+          flush(1, current.y);
+          flush(3, current.w);
+        }
+#pragma unroll
+        for (int c = 0; c < kVec; ++c) {
+          sums[0][c] = next_column ? sums[1][c] : acc(0);
+          sums[2][c] = next_column ? sums[3][c] : acc(0);
+          sums[1][c] = 0;
+          sums[3][c] = 0;
+        }
+        current = pixel;
+      }
+      acc x[kVec];
+      row.unpack(x);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int c = 0; c < kVec; ++c) sums[j][c] += weight.corner[j] * x[c];
+      }
+    }
+    flush(0, current.x);
+    flush(1, current.y);
+    flush(2, current.z);
+    flush(3, current.w);
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------- entry
+
+const char* launch_scatter(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
+  const char* error = nullptr;
+  dispatch(params.value_dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using acc = acc_t<scalar_t>;
+    if constexpr (std::is_same_v<scalar_t, double>) {
+      // Its gradients are deterministic, and its points would take 55 KB of static shared memory,
+      // where a kernel may have 48.
+      error = "float64 is never scattered";
+    } else {
+      // A lane's channels fill 16 bytes of sums, so that what a team adds is contiguous.
+      error = with_vectors<scalar_t, 16 / sizeof(acc)>(params, [&](auto vec, auto lanes) {
+        constexpr int kTeamChannels = lanes.value * vec.value;
+        const int64_t blocks = ceil_div<int64_t>(params.queries, kScatterQueries) * params.heads *
+                               ceil_div(params.channels, kTeamChannels);
+        return with_source<scalar_t>(params, [&](auto source) {
+          const Grid grid{blocks, 1, kScatterThreads,
+                          params.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>)),
+                          kTooManyLevels};
+          return launch(scatter_kernel<scalar_t, source.value, vec.value, lanes.value>, params,
+                        grid, stream,
+                        in_scratch<const Softmax<acc>>(params, plan.scratch.softmaxes));
+        });
+      });
+    }
+  });
+  return error;
+}
+
+}  // namespace ms_deform_attn::cuda

@@ -1,0 +1,51 @@
+// The plan of a backward on the GPU. plan_backward() decides it once; the allocation above the
+// backends and the launches follow it. Free of CUDA, which the code above is compiled without.
+#pragma once
+
+#include "deformable_detr/ms_deform_attn.h"
+
+namespace ms_deform_attn::cuda {
+
+// How grad_value is summed. backward.cu says which one is for what, and why.
+enum class Strategy : int8_t { direct, scatter, gather };
+
+// How gather cuts the levels. backward_slices.cuh tells what these are for.
+struct Slicing {
+  int32_t slice_pixels;  // the most pixels of a slice
+  int32_t min_slices;    // of a level
+  int32_t candidates;    // the most points that a warp holds at a time
+  int32_t sum_pixels;    // pixels whose sums fit into shared memory
+  int32_t reach_chunks;  // of each level, in the table of reaches; 0: there is no table
+};
+
+// What a backward keeps in params.scratch, by offsets in bytes.
+struct Scratch {
+  static constexpr int64_t kNone = -1;
+  int64_t softmaxes = kNone;  // [batch, queries, heads]: points_kernel -> scatter, gather
+  int64_t row_gradients =
+      kNone;                // [batch, queries, heads]: points_kernel, if shared memory is full
+  int64_t reaches = kNone;  // [batch, heads, levels, chunks]: reach_kernel -> gather
+  int64_t bytes = 0;
+
+  int64_t reserve(int64_t size) {
+    const int64_t offset = bytes;
+    bytes += (size + 15) / 16 * 16;
+    return offset;
+  }
+};
+
+struct BackwardPlan {
+  Strategy strategy;
+  // Whether grad_value is of acc_t, zero on entry, and added to. Otherwise it is of value's dtype,
+  // and every element is written.
+  bool adds_to_zeros;
+  Scratch scratch;
+  Slicing slicing;  // of gather
+};
+
+// These return null, or what is wrong. Both need the device of the tensors to be current. The first
+// reads no pointer of the params but whether it is null.
+const char* plan_backward(const BackwardParams& params, BackwardPlan& plan);
+const char* backward(const BackwardParams& params, const BackwardPlan& plan, void* stream);
+
+}  // namespace ms_deform_attn::cuda
