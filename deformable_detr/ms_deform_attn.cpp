@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "deformable_detr/inputs.h"
-#include "torch-ext/torch_binding.h"
+#include "deformable_detr/ops.h"
 
 #if defined(USE_CUDA)
 #include "deformable_detr/cuda/plan.h"

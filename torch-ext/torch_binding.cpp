@@ -1,6 +1,6 @@
 // Schemas, once, and their implementations per backend. Fakes and autograd are registered in
 // Python.
-#include "torch_binding.h"
+#include "deformable_detr/ops.h"
 
 #include <torch/csrc/stable/library.h>
 
