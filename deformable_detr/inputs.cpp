@@ -1,26 +1,14 @@
-// Checks the inputs of a call.
-//
-// Nothing here reads a tensor that lives on a GPU, so nothing waits for one.
 #include "deformable_detr/inputs.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace ms_deform_attn {
 
 using torch::headeronly::ScalarType;
-
-// ---------------------------------------------------------------------------------- error messages
-
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream shape;
-  shape << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) shape << (i ? ", " : "") << tensor.size(i);
-  shape << ")";
-  return shape.str();
-}
 
 std::string device_of(const Tensor& tensor) {
   int32_t type, index;
@@ -31,6 +19,22 @@ std::string device_of(const Tensor& tensor) {
                                                 : "device type " + std::to_string(type) + ":") +
          std::to_string(index);
 }
+
+namespace {
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream shape;
+  shape << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) shape << (i ? ", " : "") << tensor.size(i);
+  shape << ")";
+  return shape.str();
+}
+
+// A dimension of an expected shape: its name, and its size where the inputs so far fix it.
+struct Dimension {
+  const char* name;
+  int64_t size = -1;
+};
 
 void check_shape(const char* name, const Tensor& tensor,
                  std::initializer_list<Dimension> expected) {
@@ -59,7 +63,11 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& value) {
   }
 }
 
-// ------------------------------------------------------------------------------------------ dtypes
+void check_dtype(const char* name, const Tensor& tensor, bool fits, const char* expected,
+                 const char* rest = "") {
+  check(fits, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()), ", expected ",
+        expected, rest);
+}
 
 DType value_dtype(const Tensor& value) {
   switch (value.scalar_type()) {
@@ -67,35 +75,32 @@ DType value_dtype(const Tensor& value) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Half: return DType::f16;
     case ScalarType::BFloat16: return DType::bf16;
-    default:
-      check(false, "value has dtype ", torch::headeronly::toString(value.scalar_type()),
-            ", expected Float, Half, BFloat16 or Double");
-      return {};
+    default: check_dtype("value", value, false, "Float, Half, BFloat16 or Double"); return {};
   }
-}
-
-// Locations and weights have value's dtype, or float beside a half value (as autocast gives them).
-DType operand_dtype(const char* name, const Tensor& tensor, const Tensor& value, DType dtype) {
-  if (tensor.scalar_type() == value.scalar_type()) return dtype;
-  const bool half = is_half(dtype);
-  check(half && tensor.scalar_type() == ScalarType::Float, name, " has dtype ",
-        torch::headeronly::toString(tensor.scalar_type()), ", expected ",
-        torch::headeronly::toString(value.scalar_type()), ", the dtype of value",
-        half ? ", or Float" : "");
-  return DType::f32;
 }
 
 bool is_int64(const char* name, const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
-  check(dtype == ScalarType::Long || dtype == ScalarType::Int, name, " has dtype ",
-        torch::headeronly::toString(dtype), ", expected Long or Int");
+  check_dtype(name, tensor, dtype == ScalarType::Long || dtype == ScalarType::Int, "Long or Int");
   return dtype == ScalarType::Long;
 }
 
-// ---------------------------------------------------------------------------------- level metadata
+Tensor contiguous_or_copy(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
-// Only for metadata on the CPU. On a GPU the kernels guard themselves.
+// Makes the tensor contiguous, on a 16-byte boundary: the backends read it in vectors.
+const void* align(Tensor& tensor) {
+  tensor = contiguous_or_copy(tensor);
+  const bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  if (!aligned) tensor = torch::stable::clone(tensor);
+  return tensor.data_ptr();
+}
+
+// Of metadata on the CPU only. What lies on a GPU is not read back: there the kernels take a level
+// that does not fit for an empty one.
 void check_levels(const Params& params) {
+  std::vector<std::pair<int32_t, int32_t>> levels_by_start;
   int64_t total = 0;
   for (int32_t level = 0; level < params.levels; ++level) {
     const int64_t height = read_integer(params.spatial_shapes, params.shapes_int64, 2 * level);
@@ -108,40 +113,31 @@ void check_levels(const Params& params) {
     check(read_level(params, level).height > 0, "spatial_shapes has ", height, " * ", width,
           " pixels for level ", level, ", expected at most ", params.spatial_size - start,
           ": value.size(1)=", params.spatial_size, " less its start ", start);
-    check(std::max(height, width) <= kMostSide || params.value_dtype == DType::f64,
+    check(std::max(height, width) <= kMaxSide || params.value_dtype == DType::f64,
           "spatial_shapes has (", height, ", ", width, ") for level ", level,
           ", expected at most 2^24, which float32 can count (float64 values: any)");
     total += height * width;
+    levels_by_start.emplace_back(start, level);
   }
   check(total == params.spatial_size, "spatial_shapes sums to ", total,
         " pixels over its levels, expected value.size(1)=", params.spatial_size);
-  for (int32_t level = 1; level < params.levels; ++level) {
-    for (int32_t other = 0; other < level; ++other) {
-      const Level a = read_level(params, level), b = read_level(params, other);
-      check(a.start >= b.start + b.height * b.width || b.start >= a.start + a.height * a.width,
-            "level_start_index has ", a.start, " for level ", level,
-            ", expected no overlap with level ", other, ", which starts at ", b.start);
-    }
+  std::sort(levels_by_start.begin(), levels_by_start.end());
+  for (int32_t i = 1; i < params.levels; ++i) {
+    const auto [start, level] = levels_by_start[i];
+    const int32_t before = levels_by_start[i - 1].second;
+    const Level b = read_level(params, before);
+    check(start >= b.start + b.height * b.width, "level_start_index has ", start, " for level ",
+          level, ", expected no overlap with level ", before, ", which starts at ", b.start);
   }
 }
 
-// ------------------------------------------------------------------------------------------ inputs
+}  // namespace
 
-Tensor contiguous_or_copy(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// What the backends read in vectors must start on a 16-byte boundary.
-Tensor aligned(const Tensor& tensor) {
-  const Tensor contiguous = contiguous_or_copy(tensor);
-  if (reinterpret_cast<uintptr_t>(contiguous.data_ptr()) % 16 == 0) return contiguous;
-  return torch::stable::clone(contiguous);
-}
-
-void Inputs::check_and_align(Params& params) {
+Params Inputs::check_and_align() {
+  Params params{};
   check_value(params);
   check_shape("spatial_shapes", spatial_shapes, {{"levels"}, {"2", 2}});
-  check(spatial_shapes.size(0) <= INT32_MAX, "spatial_shapes has ", spatial_shapes.size(0),
+  check(spatial_shapes.size(0) <= kMaxLevels, "spatial_shapes has ", spatial_shapes.size(0),
         " levels, expected fewer than 2^31");
   params.levels = static_cast<int32_t>(spatial_shapes.size(0));
   check_shape("level_start_index", level_start_index, {{"levels", params.levels}});
@@ -151,32 +147,29 @@ void Inputs::check_and_align(Params& params) {
     check_equal_points(params);
   }
   params.method = nearest ? Method::nearest : Method::bilinear;
-
   params.shapes_int64 = is_int64("spatial_shapes", spatial_shapes);
   params.starts_int64 = is_int64("level_start_index", level_start_index);
-  Operand& locations = reference_points ? params.sampling_offsets : params.sampling_locations;
-  Operand& weights = reference_points ? params.attention_logits : params.attention_weights;
-  locations.dtype = operand_dtype(locations_name(), sampling_locations, value, params.value_dtype);
-  weights.dtype = operand_dtype(weights_name(), attention_weights, value, params.value_dtype);
-
   check_device("spatial_shapes", spatial_shapes, value);
   check_device("level_start_index", level_start_index, value);
-  check_device(locations_name(), sampling_locations, value);
-  check_device(weights_name(), attention_weights, value);
-
-  value = aligned(value);
+  (fused() ? params.sampling_offsets : params.sampling_locations).dtype =
+      check_operand(coordinates.name, coordinates.tensor, params.value_dtype);
+  (fused() ? params.attention_logits : params.attention_weights).dtype =
+      check_operand(weights.name, weights.tensor, params.value_dtype);
+  if (fused()) check_reference_points(params);
+  if (grad_output) check_grad_output(params);
   spatial_shapes = contiguous_or_copy(spatial_shapes);
   level_start_index = contiguous_or_copy(level_start_index);
-  sampling_locations = aligned(sampling_locations);
-  attention_weights = aligned(attention_weights);
-
-  params.value = value.data_ptr();
   params.spatial_shapes = spatial_shapes.data_ptr();
   params.level_start_index = level_start_index.data_ptr();
-  locations.data = sampling_locations.data_ptr();
-  weights.data = attention_weights.data_ptr();
-  if (reference_points) check_and_align_reference(params);
   if (value.is_cpu()) check_levels(params);
+
+  // All is well: only now are tensors copied.
+  params.value = align(value);
+  (fused() ? params.sampling_offsets : params.sampling_locations).data = align(coordinates.tensor);
+  (fused() ? params.attention_logits : params.attention_weights).data = align(weights.tensor);
+  if (fused()) params.reference_points.data = align(*reference_points);
+  if (grad_output) align(*grad_output);
+  return params;
 }
 
 void Inputs::check_value(Params& params) const {
@@ -184,11 +177,11 @@ void Inputs::check_value(Params& params) const {
   params.value_dtype = value_dtype(value);
   params.batch = value.size(0);
   params.spatial_size = value.size(1);
-  check(params.spatial_size <= INT32_MAX, "value has ", params.spatial_size,
+  check(params.spatial_size <= kMaxPixels, "value has ", params.spatial_size,
         " pixels in dimension 1, expected fewer than 2^31");
   // Each by itself first: the product of sizes may overflow.
-  const bool fits = std::max(value.size(2), value.size(3)) < (1 << 28) &&
-                    value.size(2) * value.size(3) < (1 << 28);
+  const bool fits = std::max(value.size(2), value.size(3)) <= kMaxPixelSize &&
+                    value.size(2) * value.size(3) <= kMaxPixelSize;
   check(fits, "value has ", value.size(2), " heads of ", value.size(3),
         " channels, expected a product below 2^28");
   params.heads = static_cast<int32_t>(value.size(2));
@@ -197,84 +190,99 @@ void Inputs::check_value(Params& params) const {
 
 // Each level has as many points as dimension 4 says.
 void Inputs::check_equal_points(Params& params) const {
-  check_shape(locations_name(), sampling_locations,
+  check_shape(coordinates.name, coordinates.tensor,
               {{"batch", params.batch},
                {"queries"},
                {"heads", params.heads},
                {"levels", params.levels},
                {"points"},
                {"2", 2}});
-  params.queries = sampling_locations.size(1);
-  check(params.levels * sampling_locations.size(4) <= INT32_MAX, locations_name(), " has ",
-        sampling_locations.size(4), " points in each of ", params.levels,
-        " levels, expected fewer than 2^31 in all");
-  params.points_per_level = static_cast<int32_t>(sampling_locations.size(4));
+  params.queries = coordinates.tensor.size(1);
+  const int64_t points = coordinates.tensor.size(4);
+  check(params.levels * points <= kMaxPoints, coordinates.name, " has ", points,
+        " points in each of ", params.levels, " levels, expected fewer than 2^31 in all");
+  params.points_per_level = static_cast<int32_t>(points);
   params.points = params.levels * params.points_per_level;
-  check_shape(weights_name(), attention_weights,
+  check_shape(weights.name, weights.tensor,
               {{"batch", params.batch},
                {"queries", params.queries},
                {"heads", params.heads},
                {"levels", params.levels},
-               {"points", params.points_per_level}});
+               {"points", points}});
 }
 
-// Each level has as many points as points_per_level says; dimension 3 runs over all of them.
-void Inputs::check_listed_points(Params& params, const std::vector<int64_t>& numbers) const {
+// Each level has as many points as points_per_level counts; dimension 3 runs over all of them.
+void Inputs::check_listed_points(Params& params, const std::vector<int64_t>& counts) const {
   check_shape(
-      locations_name(), sampling_locations,
+      coordinates.name, coordinates.tensor,
       {{"batch", params.batch}, {"queries"}, {"heads", params.heads}, {"points"}, {"2", 2}});
-  params.queries = sampling_locations.size(1);
-  const int64_t points = sampling_locations.size(3);
-  check(points <= INT32_MAX, locations_name(), " has ", points,
+  params.queries = coordinates.tensor.size(1);
+  const int64_t points = coordinates.tensor.size(3);
+  check(points <= kMaxPoints, coordinates.name, " has ", points,
         " points, expected fewer than 2^31");
   params.points = static_cast<int32_t>(points);
-  check_shape(weights_name(), attention_weights,
+  check_shape(weights.name, weights.tensor,
               {{"batch", params.batch},
                {"queries", params.queries},
                {"heads", params.heads},
-               {"points", params.points}});
+               {"points", points}});
 
-  check(numbers.size() == static_cast<size_t>(params.levels), "points_per_level has ",
-        numbers.size(), " numbers, expected levels=", params.levels);
+  check(counts.size() == static_cast<size_t>(params.levels), "points_per_level has ", counts.size(),
+        " numbers, expected levels=", params.levels);
   int64_t total = 0;
   bool equal = true;
   for (int32_t level = 0; level < params.levels; ++level) {
-    check(0 <= numbers[level] && numbers[level] <= points, "points_per_level has ", numbers[level],
+    check(0 <= counts[level] && counts[level] <= points, "points_per_level has ", counts[level],
           " for level ", level, ", expected at least 0 and at most ", points, ", the points of ",
-          locations_name());
-    total += numbers[level];
-    equal = equal && numbers[level] == numbers[0];
+          coordinates.name);
+    total += counts[level];
+    equal = equal && counts[level] == counts[0];
   }
   check(total == points, "points_per_level sums to ", total, ", expected ", points,
-        ", the points of ", locations_name());
+        ", the points of ", coordinates.name);
   if (equal) {
-    params.points_per_level = numbers.empty() ? 0 : static_cast<int32_t>(numbers[0]);
+    params.points_per_level = counts.empty() ? 0 : static_cast<int32_t>(counts[0]);
     return;
   }
   check(params.levels <= kMaxUnequalLevels, "points_per_level has different numbers for ",
         params.levels, " levels, expected at most ", kMaxUnequalLevels, " levels");
-  for (int32_t level = 0; level < params.levels; ++level) {
-    params.level_points[level] = static_cast<int32_t>(numbers[level]);
-  }
+  std::copy(counts.begin(), counts.end(), params.level_points);
 }
 
-void Inputs::check_and_align_reference(Params& params) {
-  Tensor& reference = *reference_points;
-  check_shape("reference_points", reference,
+void Inputs::check_reference_points(Params& params) const {
+  check_shape("reference_points", *reference_points,
               {{"batch", params.batch}, {"queries", params.queries}, {"levels or 1"}, {"2 or 4"}});
-  const int64_t levels = reference.size(2), coordinates = reference.size(3);
+  const int64_t levels = reference_points->size(2), size = reference_points->size(3);
   check(levels == params.levels || levels == 1, "reference_points has ", levels,
         " levels, expected levels=", params.levels, " or 1");
-  check(coordinates == 2 || coordinates == 4, "reference_points has ", coordinates,
+  check(size == 2 || size == 4, "reference_points has ", size,
         " coordinates, expected 2 (x, y) or 4 (x, y, width, height)");
   params.reference_levels = static_cast<int32_t>(levels);
-  params.reference_coordinates = static_cast<int32_t>(coordinates);
+  params.reference_coordinates = static_cast<int32_t>(size);
   params.reference_points.dtype =
-      operand_dtype("reference_points", reference, value, params.value_dtype);
-  check_device("reference_points", reference, value);
+      check_operand("reference_points", *reference_points, params.value_dtype);
   params.offset_scale = offset_scale;
-  reference = aligned(reference);
-  params.reference_points.data = reference.data_ptr();
+}
+
+// Operands have value's dtype, or float beside a half value (as autocast gives them).
+DType Inputs::check_operand(const char* name, const Tensor& tensor, DType dtype) const {
+  const ScalarType expected = value.scalar_type();
+  const bool half = is_half(dtype), same = tensor.scalar_type() == expected;
+  check_dtype(name, tensor, same || (half && tensor.scalar_type() == ScalarType::Float),
+              torch::headeronly::toString(expected),
+              half ? ", the dtype of value, or Float" : ", the dtype of value");
+  check_device(name, tensor, value);
+  return same ? dtype : DType::f32;
+}
+
+void Inputs::check_grad_output(const Params& params) const {
+  check_shape("grad_output", *grad_output,
+              {{"batch", params.batch},
+               {"queries", params.queries},
+               {"heads*channels", int64_t(params.heads) * params.channels}});
+  check_dtype("grad_output", *grad_output, grad_output->scalar_type() == value.scalar_type(),
+              torch::headeronly::toString(value.scalar_type()), ", the dtype of value");
+  check_device("grad_output", *grad_output, value);
 }
 
 }  // namespace ms_deform_attn

@@ -1,66 +1,72 @@
-// The inputs of a call, and every limit on them.
+// The inputs of a call: their checks, and every limit on them.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <initializer_list>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "deformable_detr/ms_deform_attn.h"
+#include "deformable_detr/ops.h"
 
 namespace ms_deform_attn {
 
-using torch::stable::Tensor;
+// ------------------------------------------------------------------------------------------ limits
 
-constexpr int64_t kMostSide = 1 << 24;  // in float32: see bilinear.h
+// Of value's dimension 1: the index of a pixel is an int32_t.
+constexpr int64_t kMaxPixels = INT32_MAX;
+// Of heads * channels: the size of a pixel in bytes is an int32_t, also in float64.
+constexpr int64_t kMaxPixelSize = (1 << 28) - 1;
+// Of the levels, and of the points of a (batch, query, head): an int32_t counts them.
+constexpr int64_t kMaxLevels = INT32_MAX;
+constexpr int64_t kMaxPoints = INT32_MAX;
+// Of a level's height and width, unless value is float64: float32 holds each integer up to here.
+constexpr int64_t kMaxSide = 1 << 24;
+// Of the levels where their numbers of points differ: kMaxUnequalLevels, in ms_deform_attn.h.
+
+// ------------------------------------------------------------------------------------------ checks
 
 template <typename... Parts>
-void check(bool condition, const Parts&... parts) {
+void check(bool condition, const Parts&... message) {
   if (condition) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::runtime_error(text.str());
 }
 
-// A dimension of an expected shape: its name, and its size where the inputs so far fix it.
-struct Dimension {
+std::string device_of(const Tensor& tensor);
+
+// A tensor, and what the caller calls it.
+struct __attribute__((visibility("hidden"))) Argument {  // as Tensor
   const char* name;
-  int64_t size = -1;
+  Tensor tensor;
 };
 
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<Dimension> expected);
-void check_device(const char* name, const Tensor& tensor, const Tensor& value);
-std::string device_of(const Tensor& tensor);
-Tensor aligned(const Tensor& tensor);
-
-// The op's arguments. Fused, sampling_locations are offsets from the reference points and
-// attention_weights are logits.
-struct __attribute__((visibility("hidden"))) Inputs {  // as Tensor
-  Tensor value, spatial_shapes, level_start_index, sampling_locations, attention_weights;
-  const std::optional<std::vector<int64_t>>& points_per_level;
+// The arguments of a plain or of a fused call. The latter has reference points.
+struct __attribute__((visibility("hidden"))) Inputs {
+  Tensor value, spatial_shapes, level_start_index;
+  Argument coordinates;  // sampling_locations, or fused sampling_offsets
+  Argument weights;      // attention_weights, or fused attention_logits
+  const PointsPerLevel& points_per_level;
   bool nearest;
   std::optional<Tensor> reference_points = std::nullopt;
   double offset_scale = 0;
+  std::optional<Tensor> grad_output = std::nullopt;
 
-  const char* locations_name() const {
-    return reference_points ? "sampling_offsets" : "sampling_locations";
-  }
-  const char* weights_name() const {
-    return reference_points ? "attention_logits" : "attention_weights";
-  }
-
-  // Replaces the tensors by aligned ones and says what the backends need to know of them.
-  void check_and_align(Params& params);
+  // Returns what the backends need to know. Tensors that they could not read are replaced by
+  // copies; this struct must live as long as the pointers returned.
+  //
+  // No tensor that lives on a GPU is read, so nothing waits for one.
+  Params check_and_align();
 
  private:
+  bool fused() const { return reference_points.has_value(); }
   void check_value(Params& params) const;
   void check_equal_points(Params& params) const;
-  void check_listed_points(Params& params, const std::vector<int64_t>& numbers) const;
-  void check_and_align_reference(Params& params);
+  void check_listed_points(Params& params, const std::vector<int64_t>& counts) const;
+  void check_reference_points(Params& params) const;
+  void check_grad_output(const Params& params) const;
+  DType check_operand(const char* name, const Tensor& tensor, DType value_dtype) const;
 };
 
 }  // namespace ms_deform_attn

@@ -1,19 +1,12 @@
-// Everything above the backends: checks the inputs, allocates the outputs, picks the backend.
-//
-// Nothing here reads a tensor that lives on a GPU, so nothing waits for one.
+// Everything above the backends but the checks of the inputs: allocates the outputs, calls the
+// backend on its device and stream.
 #include "deformable_detr/ms_deform_attn.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <tuple>
-#include <vector>
 
 #include "deformable_detr/inputs.h"
-#include "deformable_detr/ops.h"
 
 #if defined(USE_CUDA)
 #include "deformable_detr/cuda/plan.h"
@@ -44,13 +37,12 @@ void* current_stream(const Tensor& value) {
 
 // -------------------------------------------------------------------------- allocate and compute
 
-Tensor allocate_and_forward(Inputs& inputs) {
-  Params params{};
-  inputs.check_and_align(params);
+Tensor allocate_and_forward(Inputs&& inputs) {
+  Params params = inputs.check_and_align();
   Tensor output = torch::stable::new_empty(
       inputs.value, {params.batch, params.queries, int64_t(params.heads) * params.channels});
   if (output.numel() == 0) return output;
-  if (inputs.attention_weights.numel() == 0) return torch::stable::zero_(output);
+  if (params.points == 0) return torch::stable::zero_(output);
   params.output = output.data_ptr();
 #if defined(USE_CUDA)
   if (inputs.value.is_cuda()) {
@@ -64,37 +56,26 @@ Tensor allocate_and_forward(Inputs& inputs) {
 }
 
 struct Gradients {
-  Tensor value, sampling_locations, attention_weights;
+  Tensor value, coordinates, weights;
   std::optional<Tensor> reference_points;
 };
 
-Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output, bool deterministic,
+Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
                                 bool reference_needs_grad = false) {
-  BackwardParams params{};
-  inputs.check_and_align(params);
-  const ScalarType dtype = inputs.value.scalar_type();
-
-  check_shape("grad_output", grad_output,
-              {{"batch", params.batch},
-               {"queries", params.queries},
-               {"heads*channels", int64_t(params.heads) * params.channels}});
-  check(grad_output.scalar_type() == dtype, "grad_output has dtype ",
-        torch::headeronly::toString(grad_output.scalar_type()), ", expected ",
-        torch::headeronly::toString(dtype), ", the dtype of value");
-  check_device("grad_output", grad_output, inputs.value);
-  const Tensor aligned_grad_output = aligned(grad_output);
-  params.grad_output = aligned_grad_output.data_ptr();
-
+  BackwardParams params{inputs.check_and_align()};
+  params.grad_output = inputs.grad_output->data_ptr();
   params.deterministic = deterministic;
+
   // Half types are summed in float.
+  const ScalarType dtype = inputs.value.scalar_type();
   const ScalarType acc_dtype = is_half(params.value_dtype) ? ScalarType::Float : dtype;
 
-  Gradients grads{torch::stable::Tensor(), torch::stable::empty_like(inputs.sampling_locations),
-                  torch::stable::empty_like(inputs.attention_weights), std::nullopt};
+  Gradients grads{Tensor(), torch::stable::empty_like(inputs.coordinates.tensor),
+                  torch::stable::empty_like(inputs.weights.tensor), std::nullopt};
   (params.fused() ? params.grad_sampling_offsets : params.grad_sampling_locations) =
-      grads.sampling_locations.data_ptr();
+      grads.coordinates.data_ptr();
   (params.fused() ? params.grad_attention_logits : params.grad_attention_weights) =
-      grads.attention_weights.data_ptr();
+      grads.weights.data_ptr();
   if (reference_needs_grad) {
     grads.reference_points =
         torch::stable::new_empty(inputs.value,
@@ -104,12 +85,11 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output, bool 
     params.grad_reference_points = grads.reference_points->data_ptr();
   }
 
-  const bool no_channels = int64_t(params.heads) * params.channels == 0;
-  if (no_channels || grads.attention_weights.numel() == 0) {
+  if (inputs.grad_output->numel() == 0 || params.points == 0) {
     grads.value = torch::stable::empty_like(inputs.value);
     torch::stable::zero_(grads.value);
-    torch::stable::zero_(grads.sampling_locations);
-    torch::stable::zero_(grads.attention_weights);
+    torch::stable::zero_(grads.coordinates);
+    torch::stable::zero_(grads.weights);
     if (reference_needs_grad) torch::stable::zero_(*grads.reference_points);
 #if defined(USE_CUDA)
   } else if (inputs.value.is_cuda()) {
@@ -136,83 +116,82 @@ Gradients allocate_and_backward(Inputs& inputs, const Tensor& grad_output, bool 
     cpu::backward(params);
   }
   if (reference_needs_grad) {
-    // Over the heads.
-    grads.reference_points = torch::stable::to(
-        torch::stable::sum(*grads.reference_points, torch::headeronly::IntHeaderOnlyArrayRef({2})),
-        inputs.reference_points->scalar_type());
+    const int64_t heads[] = {2};
+    grads.reference_points = torch::stable::to(torch::stable::sum(*grads.reference_points, heads),
+                                               inputs.reference_points->scalar_type());
   }
   return grads;
 }
 
 }  // namespace
 
-// ----------------------------------------------------------------------------------------- the ops
+// ----------------------------------------------------------------------------------- the operators
 
 Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
                const Tensor& sampling_locations, const Tensor& attention_weights,
-               const std::optional<std::vector<int64_t>>& points_per_level, bool nearest) {
-  Inputs inputs{value,
-                spatial_shapes,
-                level_start_index,
-                sampling_locations,
-                attention_weights,
-                points_per_level,
-                nearest};
-  return allocate_and_forward(inputs);
+               const PointsPerLevel& points_per_level, bool nearest) {
+  return allocate_and_forward({.value = value,
+                               .spatial_shapes = spatial_shapes,
+                               .level_start_index = level_start_index,
+                               .coordinates = {"sampling_locations", sampling_locations},
+                               .weights = {"attention_weights", attention_weights},
+                               .points_per_level = points_per_level,
+                               .nearest = nearest});
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const Tensor& sampling_locations, const Tensor& attention_weights, const Tensor& grad_output,
-    const std::optional<std::vector<int64_t>>& points_per_level, bool nearest, bool deterministic) {
-  Inputs inputs{value,
-                spatial_shapes,
-                level_start_index,
-                sampling_locations,
-                attention_weights,
-                points_per_level,
-                nearest};
-  const Gradients grads = allocate_and_backward(inputs, grad_output, deterministic);
-  return {grads.value, grads.sampling_locations, grads.attention_weights};
+    const PointsPerLevel& points_per_level, bool nearest, bool deterministic) {
+  const Gradients grads =
+      allocate_and_backward({.value = value,
+                             .spatial_shapes = spatial_shapes,
+                             .level_start_index = level_start_index,
+                             .coordinates = {"sampling_locations", sampling_locations},
+                             .weights = {"attention_weights", attention_weights},
+                             .points_per_level = points_per_level,
+                             .nearest = nearest,
+                             .grad_output = grad_output},
+                            deterministic);
+  return {grads.value, grads.coordinates, grads.weights};
 }
 
 Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
                      const Tensor& level_start_index, const Tensor& reference_points,
                      const Tensor& sampling_offsets, const Tensor& attention_logits,
-                     const std::optional<std::vector<int64_t>>& points_per_level, bool nearest,
-                     double offset_scale) {
-  Inputs inputs{value,
-                spatial_shapes,
-                level_start_index,
-                sampling_offsets,
-                attention_logits,
-                points_per_level,
-                nearest,
-                reference_points,
-                offset_scale};
-  return allocate_and_forward(inputs);
+                     const PointsPerLevel& points_per_level, bool nearest, double offset_scale) {
+  return allocate_and_forward({.value = value,
+                               .spatial_shapes = spatial_shapes,
+                               .level_start_index = level_start_index,
+                               .coordinates = {"sampling_offsets", sampling_offsets},
+                               .weights = {"attention_logits", attention_logits},
+                               .points_per_level = points_per_level,
+                               .nearest = nearest,
+                               .reference_points = reference_points,
+                               .offset_scale = offset_scale});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
-    const Tensor& grad_output, const std::optional<std::vector<int64_t>>& points_per_level,
-    bool nearest, double offset_scale, bool reference_needs_grad, bool deterministic) {
-  Inputs inputs{value,
-                spatial_shapes,
-                level_start_index,
-                sampling_offsets,
-                attention_logits,
-                points_per_level,
-                nearest,
-                reference_points,
-                offset_scale};
+    const Tensor& grad_output, const PointsPerLevel& points_per_level, bool nearest,
+    double offset_scale, bool reference_needs_grad, bool deterministic) {
   const Gradients grads =
-      allocate_and_backward(inputs, grad_output, deterministic, reference_needs_grad);
+      allocate_and_backward({.value = value,
+                             .spatial_shapes = spatial_shapes,
+                             .level_start_index = level_start_index,
+                             .coordinates = {"sampling_offsets", sampling_offsets},
+                             .weights = {"attention_logits", attention_logits},
+                             .points_per_level = points_per_level,
+                             .nearest = nearest,
+                             .reference_points = reference_points,
+                             .offset_scale = offset_scale,
+                             .grad_output = grad_output},
+                            deterministic, reference_needs_grad);
   return {grads.value,
           grads.reference_points ? *grads.reference_points
                                  : torch::stable::new_empty(reference_points, {0}),
-          grads.sampling_locations, grads.attention_weights};
+          grads.coordinates, grads.weights};
 }
 
 }  // namespace ms_deform_attn
