@@ -87,21 +87,21 @@ MSDA_HOST_DEVICE int32_t points_of_level(const Params& p, int32_t level) {
   return p.points_per_level > 0 ? p.points_per_level : p.level_points[level];
 }
 
-// How far a sampling offset of one moves a point. Beside reference points with 2 coordinates that
-// is a pixel; beside 4, a share of the reference box: location = (x, y) + offset / points_of_level
-// * (width, height) * offset_scale.
+// How far a sampling offset of one moves a point. With 2 reference coordinates, that is one pixel;
+// with 4, a fraction of the reference box: location = (x, y) + offset / points_of_level * (width,
+// height) * offset_scale.
 template <typename acc_t>
 struct OffsetUnits {
   Exact<acc_t> x, y;  // in pixels, for a box as large as the level
-  acc_t box_share;
+  acc_t box_fraction;
 };
 
 template <typename acc_t>
 MSDA_HOST_DEVICE OffsetUnits<acc_t> offset_units(const Params& p, int32_t level_index,
                                                  const Level& level) {
-  const double share = p.offset_scale / points_of_level(p, level_index);
-  return {exact<acc_t>(share * level.width), exact<acc_t>(share * level.height),
-          static_cast<acc_t>(share)};
+  const double fraction = p.offset_scale / points_of_level(p, level_index);
+  return {exact<acc_t>(fraction * level.width), exact<acc_t>(fraction * level.height),
+          static_cast<acc_t>(fraction)};
 }
 
 // The backends read and write nothing outside their tensors, whatever the level metadata and the

@@ -136,7 +136,7 @@ MSDA_INLINE void place_points(const Points<acc>& points, int32_t count) {
     for (int corner = 0; corner < 4; ++corner) {
       pixel[corner][i] = corners.pixel[corner];
       share[corner][i] =
-          corners.pixel[corner] == kOutside ? acc(0) : weight[i] * corners.share(corner);
+          corners.pixel[corner] == kOutside ? acc(0) : weight[i] * corners.corner_weight(corner);
     }
     right[i] = corners.right;
     down[i] = corners.down;

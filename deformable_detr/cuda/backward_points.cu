@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     offsets[own_slot] = Indexing::offsets(p, corners.pixel);
     if constexpr (kAdd) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) weights[own_slot].corner[j] = weight * corners.share(j);
+      for (int j = 0; j < 4; ++j) weights[own_slot].corner[j] = weight * corners.corner_weight(j);
     }
     dots[own_slot] = {};
     __syncwarp();
@@ -282,11 +282,11 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         lane_sum += weight * grad_weight;
         // grad_x and grad_y are by location, which an offset of one moves by this much.
         const bool box = p.reference_coordinates == 4;
-        const acc box_share = box ? level.units.box_share : 0;
+        const acc box_fraction = box ? level.units.box_fraction : 0;
         const acc move_x =
-            box ? reference.width * box_share : 1 / static_cast<acc>(max(level.width, 1));
+            box ? reference.width * box_fraction : 1 / static_cast<acc>(max(level.width, 1));
         const acc move_y =
-            box ? reference.height * box_share : 1 / static_cast<acc>(max(level.height, 1));
+            box ? reference.height * box_fraction : 1 / static_cast<acc>(max(level.height, 1));
         // Zero for a point outside the map, whose offset or box may not be finite.
         const bool inside = corners.first_pixel() != kOutside;
         store_xy_gradient<scalar_t>(p, true, point,
@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
           };
           keep(RowGradients::kX, grad_x);
           keep(RowGradients::kY, grad_y);
-          keep(RowGradients::kBoxWidth, inside ? grad_x * offset.x * box_share : 0);
-          keep(RowGradients::kBoxHeight, inside ? grad_y * offset.y * box_share : 0);
+          keep(RowGradients::kBoxWidth, inside ? grad_x * offset.x * box_fraction : 0);
+          keep(RowGradients::kBoxHeight, inside ? grad_y * offset.y * box_fraction : 0);
         }
       }
     }

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
         pixels[slot] =
             make_int4(corners.pixel[0], corners.pixel[1], corners.pixel[2], corners.pixel[3]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) weights[slot].corner[j] = weight * corners.share(j);
+        for (int j = 0; j < 4; ++j) weights[slot].corner[j] = weight * corners.corner_weight(j);
         const int32_t pixel = corners.first_pixel();
         if (pixel != kOutside) {
           own_bin[i] = pixel % kBins;

@@ -57,7 +57,7 @@ __device__ __forceinline__ Entry read_level_entry(const Params& p, int32_t index
   static_cast<Level&>(entry) = read_level(p, index);
   if constexpr (!std::is_same_v<Entry, Level>) {
     if (p.reference_coordinates == 4) {
-      entry.units = offset_units<decltype(entry.units.box_share)>(p, index, entry);
+      entry.units = offset_units<decltype(entry.units.box_fraction)>(p, index, entry);
     }
   }
   return entry;
