@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scal
           corners = find_corners(p, reader, cursor.level, levels[cursor.level]);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            own_weights.corner[j] = corners.pixel[j] == kOutside ? 0 : weight * corners.corner_weight(j);
+            own_weights.corner[j] =
+                corners.pixel[j] == kOutside ? 0 : weight * corners.corner_weight(j);
           }
         }
         reader.skip(p, Layout::kTeam);
