@@ -38,7 +38,7 @@ guard: build ## fail if the CPU kernel has become much slower beside grid_sample
 
 .PHONY: test
 test: build ## run the test suite
-	$(PYTHON) -m pytest tests $(ARGS)
+	$(PYTHON) -m pytest tests tools/tests benchmarks/tests $(ARGS)
 
 .PHONY: fuzz
 fuzz: build ## compare 20,000 random problems with float64

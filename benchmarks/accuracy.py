@@ -125,8 +125,8 @@ def _lines(all_records: list[dict]) -> Iterator[str]:
         "computed from\nthe stored, rounded inputs (`benchmarks/benchmark.py`, seed 0). The "
         "least that a dtype allows is its rounding:\nabout 3e-8 (float32), 2e-4 (float16), 1.7e-3 "
         "(bfloat16). Written by `python -m benchmarks.accuracy write` from\n"
-        "`benchmarks/results/accuracy-*.jsonl`; `tests/test_accuracy.py` measures some of them "
-        "anew.\n"
+        "`benchmarks/results/accuracy-*.jsonl`; `benchmarks/tests/test_accuracy.py` measures some "
+        "of them anew.\n"
     )
     groups: dict[tuple, list[dict]] = {}
     for record in all_records:

@@ -5,8 +5,11 @@ import random
 import fuzz
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, note, settings
-from hypothesis import strategies as st
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, Phase, given, note, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 settings.register_profile("default", max_examples=200)
 settings.register_profile("fuzz", max_examples=20_000)

@@ -1,6 +1,5 @@
 """The layer alone, and this kernel inside real models of transformers."""
 
-import importlib.metadata
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import kernels
 import pytest
 import torch
 from cases import HALF_DTYPES, SMALL, Case, make_inputs, relative_error
+from conftest import KERNEL
 from models import MODELS, build, inputs_of, run
 from packaging.version import Version
 from torch import nn
@@ -39,18 +39,16 @@ def test_layer_equals_function(kernel, device):
 
 def transformers_that_uses_kernels():
     """transformers, or skip: each release of it goes with one range of kernels."""
-    version = importlib.metadata.version("transformers")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("scipy")  # the loss of its detectors needs it
+    version = transformers.__version__
     if Version(version) < Version("5.22") or Version(version) >= Version("5.23"):
         pytest.skip(f"transformers {version} ignores kernels {kernels.__version__}; 5.22 uses it")
-    import transformers
-
     return transformers
 
 
 def kernelize(model, device, mode):
-    repository = kernels.LocalLayerRepository(
-        Path(__file__).resolve().parent.parent, layer_name=LAYER
-    )
+    repository = kernels.LocalLayerRepository(Path(KERNEL.__file__).parent.parent, layer_name=LAYER)
     with kernels.use_kernel_mapping({LAYER: {device: repository}}, inherit_mapping=False):
         kernels.kernelize(model, mode=mode, device=device)
 

@@ -16,7 +16,12 @@ import pytest
 import torch
 from conftest import KERNEL as KERNEL_MODULE
 from kernels._rust import Digest, DigestAlgorithm, Metadata
-from releases import (
+from test_loading import python
+
+from tools import abi
+from tools import build as builder
+from tools.release import differences
+from tools.tests.releases import (
     KERNEL,
     ROOT,
     VARIANTS,
@@ -26,10 +31,6 @@ from releases import (
     skip_if_the_compiler_is_newer,
     skip_without_abi_tools,
 )
-
-from tools import abi
-from tools import build as builder
-from tools.release import differences
 
 PACKAGE = ROOT / "torch-ext" / KERNEL.package
 
@@ -293,12 +294,18 @@ def test_library_does_not_tell_where_it_was_built(variant: Path) -> None:
         assert bytes(path) not in content
 
 
-def test_a_second_build_elsewhere_is_the_same(checkout: builder.Kernel) -> None:
+@pytest.fixture
+def cpu_variant() -> Path:
+    (found,) = (variant for variant in VARIANTS if backend_of(variant) == "cpu")
+    return found
+
+
+def test_a_second_build_elsewhere_is_the_same(checkout: builder.Kernel, cpu_variant: Path) -> None:
     """Every byte of the CPU variant but the provenance, which a copy without git has not.
 
     `make release` compares the CUDA variants, too.
     """
-    (first,) = (variant for variant in VARIANTS if backend_of(variant) == "cpu")
+    first = cpu_variant
     if not (ROOT / ".ninja" / first.name / "kernel.so").is_file():
         pytest.skip(f"{first.name} was built by another machine, perhaps another compiler")
     builder.build(checkout, "cpu", None, jobs=os.cpu_count(), verbose=False)
@@ -306,6 +313,27 @@ def test_a_second_build_elsewhere_is_the_same(checkout: builder.Kernel) -> None:
     edit_metadata(second, provenance=json.loads(read(first, "metadata.json")).get("provenance"))
     assert set(differences(first, second)) <= {"metadata.json"}
     assert json.loads(read(first, "metadata.json")) == json.loads(read(second, "metadata.json"))
+
+
+def test_two_builds_in_one_process(checkout: builder.Kernel, cpu_variant: Path) -> None:
+    """Each has ops of its own."""
+    objects = Path(".ninja") / cpu_variant.name
+    if not (ROOT / objects / "kernel.so").is_file():
+        pytest.skip(f"{cpu_variant.name} was not built here: no objects to link again")
+    shutil.copytree(ROOT / objects, checkout.root / objects)
+    edit(checkout, f"torch-ext/{KERNEL.package}/functional.py")
+    builder.build(checkout, "cpu", None, jobs=1, verbose=False)
+    script = f"""
+from pathlib import Path
+one = load()
+other = kernels.get_local_kernel(Path({str(checkout.root)!r}), backend="cpu")
+assert one is not other and one.__name__ != other.__name__
+assert one.functional.ops is not other.functional.ops
+print(call(one), call(other), call(one))
+inputs = make_inputs(SMALL, torch.float32)
+print(torch.equal(one.ms_deform_attn(*inputs.args), other.ms_deform_attn(*inputs.args)))
+"""
+    assert python(script) == ["right"] * 3 + ["True"]
 
 
 @each_variant
@@ -382,10 +410,9 @@ def test_id_changes_with_variant_and_archs() -> None:
 
 
 @pytest.fixture
-def built(checkout: builder.Kernel) -> Path:
+def built(checkout: builder.Kernel, cpu_variant: Path) -> Path:
     """A variant in the copied checkout."""
-    (source,) = (variant for variant in VARIANTS if backend_of(variant) == "cpu")
-    return Path(shutil.copytree(source, checkout.root / "build" / source.name))
+    return Path(shutil.copytree(cpu_variant, checkout.root / "build" / cpu_variant.name))
 
 
 def test_a_build_is_current_until_a_source_changes(checkout: builder.Kernel, built: Path) -> None:

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BACKEND, KERNEL, REPO_ID
-from hub import TOKEN, Fault, Hub, Repository
-from releases import (
+
+from tools import abi
+from tools import build as builder
+from tools.tests.hub import TOKEN, Fault, Hub, Repository
+from tools.tests.releases import (
     VARIANTS,
     copy_release,
     skip_if_the_compiler_is_newer,
     skip_without_abi_tools,
 )
-
-from tools import abi
-from tools import build as builder
 
 VARIANT = Path(KERNEL.__file__).parent.name  # what suits this environment
 
@@ -104,7 +104,7 @@ def run(hub: Hub, home: Path, arguments: list, **environment: str) -> str:
     """What a Python program prints in a fresh process that knows only this Hub."""
     others = ("HF_", "LOCAL_KERNELS", "KERNELS_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-    paths = [str(Path(__file__).parent), *filter(None, [clean.get("PYTHONPATH")])]
+    paths = [str(builder.ROOT / "tests"), *filter(None, [clean.get("PYTHONPATH")])]
     environment = {
         **clean,
         **hub.environment(home),

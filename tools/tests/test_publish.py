@@ -7,18 +7,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hub import TOKEN, Fault, Hub
-from releases import (
+
+from tools import abi, publish
+from tools import build as builder
+from tools import release as release_tool
+from tools.tests.hub import TOKEN, Fault, Hub
+from tools.tests.releases import (
     VARIANTS,
     copy_release,
     edit_metadata,
     skip_if_the_compiler_is_newer,
     skip_without_abi_tools,
 )
-
-from tools import abi, publish
-from tools import build as builder
-from tools import release as release_tool
 
 REPO_ID = "org/deformable-detr"
 

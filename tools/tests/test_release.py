@@ -5,10 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from releases import KERNEL, copy_checkout
 
 from tools import build as builder
 from tools import release
+from tools.tests.releases import KERNEL, copy_checkout
 
 
 @pytest.fixture
