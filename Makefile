@@ -14,7 +14,9 @@ else
   ENVIRONMENT := .venv/.installed
 endif
 
-NATIVE = $(shell find deformable_detr torch-ext benchmarks tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# Less registration.h, which kernel-builder generates in torch-ext.
+NATIVE = $(shell find deformable_detr torch-ext benchmarks tools \
+  -name registration.h -o -name '*.h' -print -o -name '*.cpp' -print -o -name '*.cu' -print -o -name '*.cuh' -print)
 
 # The tests and benchmarks load this checkout where users load the Hub's repository.
 export LOCAL_KERNELS := org/deformable-detr=$(CURDIR)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def copy_checkout(to: Path) -> builder.Kernel:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, to / name)
     return builder.Kernel.open(to)
+
+
+def commit_all(root: Path) -> None:
+    """Makes the folder a git repository with one commit of all that is in it."""
+    if shutil.which("git") is None:
+        pytest.skip("git is missing")
+    git = ["git", "-C", root, "-c", "user.name=Test", "-c", "user.email=test@localhost"]
+    for arguments in (["init"], ["add", "."], ["commit", "--no-verify", "--message", "all"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
 
 
 def edit(kernel: builder.Kernel, name: str) -> None:

@@ -25,6 +25,7 @@ from tools.tests.releases import (
     KERNEL,
     ROOT,
     VARIANTS,
+    commit_all,
     copy_checkout,
     edit,
     edit_metadata,
@@ -409,6 +410,34 @@ def test_id_changes_with_variant_and_archs() -> None:
     assert len(ids) == 4
 
 
+@each_backend
+def test_what_kernel_builder_generates_is_no_input(backend: str, checkout: builder.Kernel) -> None:
+    package = checkout.root / "torch-ext" / KERNEL.package
+    for file in (package / "_ops.py", package.parent / "registration.h"):
+        file.write_text("# generated\n")
+    assert checkout.id(backend, "variant", []) == KERNEL.id(backend, "variant", [])
+    assert checkout.package_files == KERNEL.package_files
+
+
+@pytest.mark.parametrize(
+    "name, dirty",
+    [
+        ("notes.txt", False),
+        (f"torch-ext/{KERNEL.package}/_ops.py", False),
+        (f"torch-ext/{KERNEL.package}/new.py", True),
+        (f"torch-ext/{KERNEL.package}/layers.py", True),
+    ],
+)
+def test_a_build_of_what_is_not_committed_is_dirty(
+    name: str, dirty: bool, checkout: builder.Kernel
+) -> None:
+    """An input that git does not track, too."""
+    commit_all(checkout.root)
+    assert not builder.git_status(checkout.root, checkout.inputs("cpu"))["dirty"]
+    edit(checkout, name)
+    assert builder.git_status(checkout.root, checkout.inputs("cpu"))["dirty"] is dirty
+
+
 @pytest.fixture
 def built(checkout: builder.Kernel, cpu_variant: Path) -> Path:
     """A variant in the copied checkout."""
@@ -434,7 +463,7 @@ def test_a_current_build_is_of_the_present_commit(
         ({"commit": "4" * 40, "dirty": True}, ("3" * 40, False)),
         (None, ("3" * 40, False)),
     ):
-        monkeypatch.setattr(builder, "git_status", lambda root, git=git: git)
+        monkeypatch.setattr(builder, "git_status", lambda *_, git=git: git)
         assert builder.say_if_current(checkout, "cpu", "cpu", None)
         recorded = Metadata.read_from_file(built / "metadata.json").provenance
         assert (recorded.kernel.commit, recorded.dirty) == expected
