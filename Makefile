@@ -19,7 +19,7 @@ NATIVE = $(shell find deformable_detr torch-ext benchmarks tools \
   -name registration.h -o -name '*.h' -print -o -name '*.cpp' -print -o -name '*.cu' -print -o -name '*.cuh' -print)
 
 # The tests and benchmarks load this checkout where users load the Hub's repository.
-export LOCAL_KERNELS := org/deformable-detr=$(CURDIR)
+export LOCAL_KERNELS := $(shell sed -n 's/^repo-id = "\(.*\)"/\1/p' build.toml)=$(CURDIR)
 
 .PHONY: help
 help: ## show this list

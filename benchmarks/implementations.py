@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from .operators import Gradients, Implementation, Operator, Unsupported, for_poi
 from .peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
-REPOSITORY = "org/deformable-detr"
+REPOSITORY = re.search(r'^repo-id = "(.+)"', (ROOT / "build.toml").read_text(), re.M)[1]
 
 
 def seed_eager(

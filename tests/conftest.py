@@ -1,6 +1,7 @@
 """The kernel under test, as users get it, and the devices to test it on."""
 
 import os
+import re
 from pathlib import Path
 
 import kernels
@@ -8,8 +9,10 @@ import pytest
 import torch
 from cases import OPERATORS
 
-REPO_ID = "org/deformable-detr"
-os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={Path(__file__).resolve().parent.parent}")
+ROOT = Path(__file__).resolve().parent.parent
+# Python has no reader of TOML before 3.11.
+REPO_ID = re.search(r'^repo-id = "(.+)"', (ROOT / "build.toml").read_text(), re.M)[1]
+os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
 
 
 def load():

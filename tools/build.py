@@ -123,6 +123,11 @@ class Kernel:
         return self.config["general"]["backends"]
 
     @property
+    def repo_id(self) -> str | None:
+        """The repository on the Hub, by which the card and the loader know the kernel."""
+        return self.config["general"].get("hub", {}).get("repo-id")
+
+    @property
     def package(self) -> str:
         return self.config["general"]["name"].replace("-", "_")
 

@@ -126,10 +126,9 @@ def ci_test(
     shutil.copytree(variant, built / variant.name)
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(HIDE.format(names=hidden_modules()))
-    repo_id = kernel.config["general"]["hub"]["repo-id"]
     environment = {
         **os.environ,
-        "LOCAL_KERNELS": f"{repo_id}={built}",
+        "LOCAL_KERNELS": f"{kernel.repo_id}={built}",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join([str(built / variant.name), str(hidden)]),
     }

@@ -327,10 +327,10 @@ def main(argv: list[str] | None = None) -> None:
         if not (args.root / "build.toml").is_file():
             raise PublishError(f"{args.root} has no build.toml; run make release first")
         kernel = builder.Kernel.open(args.root)
-        hub = kernel.config["general"].get("hub", {})
-        repo_id = repo_id or hub.get("repo-id")
+        repo_id = repo_id or kernel.repo_id
         if repo_id is None:
             raise PublishError("build.toml has no repo-id in [general.hub], expected --repo-id")
+        hub = kernel.config["general"].get("hub", {})
         branch = args.branch or hub.get("branch") or f"v{kernel.config['general']['version']}"
         variants = find_variants(kernel.root)
         check(kernel, variants, args.partial)

@@ -173,6 +173,15 @@ def test_requirements_are_pinned_once() -> None:
     assert re.findall(r"rev: v(.+)", hooks) == [pins["ruff"], pins["clang-format"]]
 
 
+def test_the_repository_on_the_hub_is_named_once() -> None:
+    """The card that kernel-builder fills in has the name of build.toml."""
+    release = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    assert "--repo-id" not in release
+    readme = (ROOT / "README.md").read_text()
+    named = set(re.findall(r'(?:get_kernel|LayerRepository)\("([^"]+)"', readme))
+    assert named == {KERNEL.repo_id}
+
+
 def test_workflows_name_what_exists() -> None:
     workflows = [*(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / ".ci" / "run"]
     text = "\n".join(file.read_text() for file in workflows)

@@ -82,7 +82,7 @@ def test_a_cuda_variant_alone_serves_torch_with_cuda_and_no_gpu(tmp_path: Path) 
     shutil.copytree(VARIANT, only)
     script = f"""
 import os, sys
-os.environ["LOCAL_KERNELS"] = "org/deformable-detr={tmp_path}"
+os.environ["LOCAL_KERNELS"] = "{KERNEL.repo_id}={tmp_path}"
 sys.path.insert(0, {str(KERNEL.root / "tests")!r})
 import torch
 torch.version.cuda = "13.0"

@@ -13,6 +13,7 @@ from tools import build as builder
 from tools import release as release_tool
 from tools.tests.hub import TOKEN, Fault, Hub
 from tools.tests.releases import (
+    KERNEL,
     VARIANTS,
     copy_release,
     edit_metadata,
@@ -20,7 +21,7 @@ from tools.tests.releases import (
     skip_without_abi_tools,
 )
 
-REPO_ID = "org/deformable-detr"
+REPO_ID = KERNEL.repo_id
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +297,7 @@ def test_a_bad_token(hub: Hub, release: builder.Kernel, monkeypatch) -> None:
 def test_no_permission(hub: Hub, release: builder.Kernel) -> None:
     hub.forbidden.add("org")
     error = refused(release)
-    assert "may not write to org/deformable-detr" in error and "kernels-community" in error
+    assert f"may not write to {REPO_ID}" in error and "kernels-community" in error
     assert hub.repositories == {}
 
 
