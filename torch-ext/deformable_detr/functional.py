@@ -5,7 +5,9 @@ from typing import List, Optional
 import torch
 
 from . import registrations  # noqa: F401
-from .native import ops
+from .autograd import call
+from .native import ops  # noqa: F401
+from .operations import FUSED, PLAIN
 
 
 def ms_deform_attn(
@@ -56,8 +58,8 @@ def ms_deform_attn(
         NotImplementedError: a tensor is sparse, nested or quantized.
         ValueError: ``method`` is unknown.
     """
-    return _call(
-        ops.ms_deform_attn_forward,
+    return call(
+        PLAIN,
         _autocast(value),
         spatial_shapes,
         level_start_index,
@@ -109,8 +111,8 @@ def fused_ms_deform_attn(
         RuntimeError, NotImplementedError, ValueError: as for ``ms_deform_attn``, or
             ``reference_points`` have neither 2 nor 4 coordinates.
     """
-    return _call(
-        ops.fused_ms_deform_attn_forward,
+    return call(
+        FUSED,
         _autocast(value),
         spatial_shapes,
         level_start_index,
@@ -123,45 +125,6 @@ def fused_ms_deform_attn(
     )
 
 
-def _call(op, *args):
-    """op(*args), past autograd where no gradient is wanted: that costs microseconds a call."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return op(*args)
-    try:
-        if torch.is_grad_enabled() and any(
-            arg.requires_grad for arg in args if isinstance(arg, torch.Tensor)
-        ):
-            return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-    except RuntimeError as error:
-        clearer = _name_the_argument(op, args)
-        if clearer is None:
-            raise
-        raise clearer from error
-
-
-def _name_the_argument(op, args) -> Optional[RuntimeError]:
-    """What the dispatcher does not say of a call that it refused, or passed on without a tensor."""
-    for argument, tensor in zip(op.default._schema.arguments, args):
-        if tensor is None and argument.type.kind() == "TensorType":
-            return RuntimeError(f"{argument.name} is None, expected a tensor")
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        if tensor.is_nested:
-            kind = "is a nested tensor"
-        elif tensor.is_quantized:
-            kind = f"has dtype {tensor.dtype}"
-        elif tensor.layout != torch.strided:
-            kind = f"has layout {tensor.layout}"
-        else:
-            continue
-        return NotImplementedError(
-            f"{argument.name} {kind}, expected a dense tensor: layout torch.strided, not quantized"
-        )
-    return None
-
-
 def _is_nearest(method: str) -> bool:
     if method not in ("bilinear", "nearest"):
         raise ValueError(f"method is {method!r}, expected 'bilinear' or 'nearest'")
@@ -170,6 +133,8 @@ def _is_nearest(method: str) -> bool:
 
 def _autocast(value: torch.Tensor) -> torch.Tensor:
     """value in the dtype that autocast gives the inputs of a matrix product."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return value
     if not isinstance(value, torch.Tensor) or value.dtype == torch.float64:
         return value
     device = value.device.type
@@ -191,13 +156,8 @@ def ms_deform_attn_forward(
     ``im2col_step`` is accepted for compatibility and ignored: there is no column buffer to split,
     so any batch size works.
     """
-    return _call(
-        ops.ms_deform_attn_forward,
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_loc,
-        attn_weight,
+    return call(
+        PLAIN, value, spatial_shapes, level_start_index, sampling_loc, attn_weight, None, False
     )
 
 
@@ -223,10 +183,9 @@ def ms_deform_attn_backward(
     Raises:
         RuntimeError, NotImplementedError: as for ``ms_deform_attn``.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled()
     return list(
-        _call(
-            ops.ms_deform_attn_backward,
+        call(
+            PLAIN.backward,
             value,
             spatial_shapes,
             level_start_index,
@@ -235,6 +194,6 @@ def ms_deform_attn_backward(
             grad_output,
             None,
             False,
-            deterministic,
+            (True, True, True),
         )
     )

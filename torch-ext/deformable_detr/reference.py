@@ -115,8 +115,9 @@ def _sample(value, spatial_shapes, level_start_index, pixels, weights, method):
     # Per head a table of pixels: (batch, heads, sum(h*w), channels).
     table = value.to(_compute_dtype(value)).permute(0, 2, 1, 3)
     output = table.new_zeros(batch, heads, queries, channels)
-    levels = zip(spatial_shapes.tolist(), level_start_index.tolist(), pixels, weights)
-    for (height, width), start, pixel, weight in levels:
+    # Sizes and starts stay tensors: nothing waits for the GPU, and compilers can trace this.
+    for shape, start, pixel, weight in zip(spatial_shapes, level_start_index, pixels, weights):
+        height, width = shape
         finite = pixel.isfinite().all(-1)
         x, y = torch.where(finite[..., None], pixel, 0).unbind(-1)
         for row, column, share in _corners(x, y, height, width, method):
@@ -140,7 +141,8 @@ def _corners(x, y, height, width, method):
     left, top = x.floor(), y.floor()
     if method == "nearest":
         # floor(location * size + 0.5), moved into the map.
-        yield (top + 1).clamp(0, height - 1), (left + 1).clamp(0, width - 1), torch.ones_like(x)
+        row, column = ((top + 1).clamp(min=0), (left + 1).clamp(min=0))
+        yield row.minimum(height - 1), column.minimum(width - 1), torch.ones_like(x)
         return
     right_share, bottom_share = x - left, y - top
     for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
