@@ -37,6 +37,7 @@ def test_public_names(kernel):
         "ms_deform_attn",
         "ms_deform_attn_backward",
         "ms_deform_attn_forward",
+        "ms_deform_attn_list",
         "reference",
     }
     assert all(hasattr(kernel, name) for name in kernel.__all__)

@@ -7,6 +7,7 @@ from .functional import (
     ms_deform_attn_backward,
     ms_deform_attn_forward,
 )
+from .levels import ms_deform_attn_list
 
 __all__ = [
     "fused_ms_deform_attn",
@@ -15,5 +16,6 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "ms_deform_attn_forward",
+    "ms_deform_attn_list",
     "reference",
 ]
