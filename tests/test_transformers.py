@@ -1,5 +1,10 @@
 """The layer alone, and this kernel inside real models of transformers."""
 
+import copy
+import importlib.metadata
+import pickle
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +17,7 @@ from conftest import KERNEL
 from models import MODELS, build, inputs_of, run
 from packaging.version import Version
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYER = "MultiScaleDeformableAttention"
 
@@ -53,30 +59,31 @@ def kernelize(model, device, mode):
         kernels.kernelize(model, mode=mode, device=device)
 
 
+class Calls(TorchDispatchMode):
+    """Counts the calls of this kernel's operators while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = self.fused = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[-1]
+        self.plain += name == "ms_deform_attn_forward"
+        self.fused += name == "fused_ms_deform_attn_forward"
+        return function(*args, **(kwargs or {}))
+
+
 @contextmanager
 def on_this_kernel(kernel, spec, model, device, training, steps=1):
-    """The model on this kernel; what samples is checked to be replaced, and to have run."""
-    calls = []
-    if spec.by == "layer":
-        kernelize(model, device, kernels.Mode.TRAINING if training else kernels.Mode.INFERENCE)
-        layers = [module for module in model.modules() if type(module).__name__ == LAYER]
-        for layer in layers:
-            function = layer.forward.__func__
-            assert "transformers" not in function.__module__, "the layer was not replaced"
-            layer.register_forward_hook(lambda *_: calls.append(1))
-        yield
-    else:
-        function = kernel.integrations.ms_deform_attn
-
-        def counted(*args, **kwargs):
-            calls.append(1)
-            return function(*args, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernel.integrations, "ms_deform_attn", counted)
+    """The model on this kernel; each attention is checked to have sampled once a step."""
+    with Calls() as calls:
+        if spec.by == "layer":
+            kernelize(model, device, kernels.Mode.TRAINING if training else kernels.Mode.INFERENCE)
+            yield
+        else:
             with kernel.integrations.use_in_transformers(model):
                 yield
-    assert len(calls) == steps * spec.attentions, "each attention samples once a step"
+    assert calls.plain == steps * spec.attentions
 
 
 @contextmanager
@@ -145,31 +152,126 @@ def test_training_under_autocast(kernel, device, name, dtype):
 # ------------------------------------------------------------------------------------ integrations
 
 
-def test_integrations_restore_what_they_replace(kernel):
-    transformers = transformers_that_uses_kernels()
-    from transformers.models.d_fine import modeling_d_fine as module
-
-    spec = next(spec for spec in MODELS if spec.name == "d_fine")
-    model = build(spec, transformers, "cpu")
-    original = module.multi_scale_deformable_attention_v2
-    kept = [m for m in model.modules() if hasattr(m, "ms_deformable_attn_core")]
-    for error in (None, RuntimeError("inside")):
-        try:
-            with kernel.integrations.use_in_transformers(model) as entered:
-                assert entered is model
-                assert module.multi_scale_deformable_attention_v2 is not original
-                assert all(m.ms_deformable_attn_core is not original for m in kept)
-                if error:
-                    raise error
-        except RuntimeError as raised:
-            assert raised is error
-        assert module.multi_scale_deformable_attention_v2 is original
-        assert all(m.ms_deformable_attn_core is original for m in kept)
+def small_model(name):
+    spec = next(spec for spec in MODELS if spec.name == name)
+    return spec, build(spec, transformers_that_uses_kernels(), "cpu").eval()
 
 
-def test_integrations_refuse_a_model_without_a_sampling_function(kernel):
+def runs_on_this_kernel(spec, model):
+    with Calls() as calls:
+        run(spec, model, "cpu", training=False)
+    assert calls.plain in (0, spec.attentions)
+    return calls.plain > 0
+
+
+@pytest.mark.parametrize("name", ["d_fine", "mask2former", "rt_detr"])
+@pytest.mark.parametrize("error", [None, RuntimeError("inside")], ids=["left", "raised"])
+def test_integrations_restore_what_they_replace(kernel, name, error):
+    spec, model = small_model(name)
+    before = state_of_classes(model)
+    try:
+        with kernel.integrations.use_in_transformers(model) as entered:
+            assert entered is model
+            assert runs_on_this_kernel(spec, model)
+            if error:
+                raise error
+    except RuntimeError as raised:
+        assert raised is error
+    assert not runs_on_this_kernel(spec, model)
+    assert state_of_classes(model) == before
+
+
+def state_of_classes(model):
+    """All that an integration could replace: attributes of classes, instances and modules."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    state = [(owner, name, id(x)) for owner in classes for name, x in vars(owner).items()]
+    files = {sys.modules[owner.__module__] for owner in classes}
+    state += [(file, name, id(x)) for file in files for name, x in vars(file).items()]
+    kept = [(m, name) for m in model.modules() for name in vars(m) if "attn_core" in name]
+    return {*state, *((m, name, id(vars(m)[name])) for m, name in kept)}
+
+
+@pytest.mark.parametrize("name", ["d_fine", "mask2former", "rt_detr"])
+def test_nested_contexts(kernel, name):
+    """Two models of one class and one model twice; the contexts end in any order."""
+    spec, model = small_model(name)
+    other = small_model(name)[1]
+    contexts = [kernel.integrations.use_in_transformers(m) for m in (model, other, model)]
+    for context in contexts:
+        context.__enter__()
+        assert runs_on_this_kernel(spec, model)
+    for context in (contexts[1], contexts[0]):
+        context.__exit__(None, None, None)
+        assert runs_on_this_kernel(spec, model)
+        assert runs_on_this_kernel(spec, other)
+    contexts[2].__exit__(None, None, None)
+    assert not runs_on_this_kernel(spec, model)
+
+
+def test_a_class_that_cannot_be_imported(kernel):
+    """As in a notebook, or in a file that was loaded and not registered."""
+    spec, model = small_model("mask2former")
+    decoder = type(model.model.pixel_level_module.decoder)
+    model.model.pixel_level_module.decoder.__class__ = type(
+        "Decoder", (decoder,), {"__module__": "not_there"}
+    )
+    with kernel.integrations.use_in_transformers(model):
+        assert runs_on_this_kernel(spec, model)
+
+
+@pytest.mark.parametrize("name", ["d_fine", "mask2former", "rt_detr"])
+def test_a_copy_made_inside_is_transformers_own_outside(kernel, name):
+    spec, model = small_model(name)
+    with kernel.integrations.use_in_transformers(model):
+        copies = [copy.deepcopy(model), small_model(name)[1]]
+        if name != "mask2former":  # whose backbone has a hook that cannot be pickled
+            copies.append(pickle.loads(pickle.dumps(model)))
+        for other in copies:
+            assert runs_on_this_kernel(spec, other)
+    for other in copies:
+        assert not runs_on_this_kernel(spec, other)
+
+
+LOADS_A_MODEL = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+assert not any("deformable_detr_c" in name for name in sys.modules), "it needs no kernel"
+with torch.no_grad():
+    print(model.eval()(pixel_values=torch.ones(1, 3, 64, 96)).logits.norm().item())
+"""
+
+
+def test_a_model_saved_inside_is_loaded_without_the_kernel(kernel, tmp_path):
+    spec, model = small_model("d_fine")
+    with kernel.integrations.use_in_transformers(model):
+        torch.save(model, tmp_path / "model.pt")
+    command = [sys.executable, "-c", LOADS_A_MODEL, str(tmp_path / "model.pt")]
+    loaded = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert loaded.returncode == 0, loaded.stderr
+    with torch.no_grad():
+        expected = model(pixel_values=torch.ones(1, 3, 64, 96)).logits.norm().item()
+    assert float(loaded.stdout) == pytest.approx(expected, rel=1e-4)
+
+
+def test_integrations_refuse_a_model_that_does_not_sample(kernel):
     with pytest.raises(ValueError, match="model is a Linear, in which no module samples"):
         with kernel.integrations.use_in_transformers(nn.Linear(2, 2)):
+            pass
+
+
+def test_integrations_refuse_a_function_with_other_arguments(kernel, monkeypatch):
+    spec, model = small_model("rt_detr_v2")
+    file = sys.modules[type(model).__module__]
+
+    def other(value, sizes):
+        raise AssertionError
+
+    other.__module__ = file.__name__
+    monkeypatch.setattr(file, "multi_scale_deformable_attention_v2", other)
+    with pytest.raises(
+        ValueError, match=r"other takes \(value, sizes\), expected \(value, value_sp"
+    ):
+        with kernel.integrations.use_in_transformers(model):
             pass
 
 
