@@ -1,7 +1,6 @@
 """The layer alone, and this kernel inside real models of transformers."""
 
 import copy
-import importlib.metadata
 import pickle
 import subprocess
 import sys
