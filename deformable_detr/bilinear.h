@@ -34,6 +34,13 @@ struct alignas(16) Level {
   int32_t height;
   int32_t width;
   int32_t start;  // index of the first pixel in value's spatial dimension
+
+  MSDA_HOST_DEVICE bool has_pixel(int32_t pixel) const {
+    return static_cast<uint32_t>(pixel - start) < static_cast<uint32_t>(height * width);
+  }
+  MSDA_HOST_DEVICE bool overlaps(const Level& other) const {
+    return height > 0 && other.height > 0 && (has_pixel(other.start) || other.has_pixel(start));
+  }
 };
 
 // The level if it lies inside value, else an empty level, which contributes zero.

@@ -139,6 +139,8 @@ Params Inputs::check_and_align() {
   check_shape("spatial_shapes", spatial_shapes, {{"levels"}, {"2", 2}});
   check(spatial_shapes.size(0) <= kMaxLevels, "spatial_shapes has ", spatial_shapes.size(0),
         " levels, expected fewer than 2^31");
+  check(!value.is_cuda() || spatial_shapes.size(0) <= kMaxGpuLevels, "spatial_shapes has ",
+        spatial_shapes.size(0), " levels, expected at most ", kMaxGpuLevels, " on a GPU");
   params.levels = static_cast<int32_t>(spatial_shapes.size(0));
   check_shape("level_start_index", level_start_index, {{"levels", params.levels}});
   if (points_per_level) {
@@ -184,6 +186,8 @@ void Inputs::check_value(Params& params) const {
                     value.size(2) * value.size(3) <= kMaxPixelSize;
   check(fits, "value has ", value.size(2), " heads of ", value.size(3),
         " channels, expected a product below 2^28");
+  check(!value.is_cuda() || value.size(2) <= kMaxGpuHeads, "value has ", value.size(2),
+        " heads, expected at most ", kMaxGpuHeads, " on a GPU");
   params.heads = static_cast<int32_t>(value.size(2));
   params.channels = static_cast<int32_t>(value.size(3));
 }

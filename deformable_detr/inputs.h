@@ -20,6 +20,10 @@ constexpr int64_t kMaxPixelSize = (1 << 28) - 1;
 // Of the levels, and of the points of a (batch, query, head): an int32_t counts them.
 constexpr int64_t kMaxLevels = INT32_MAX;
 constexpr int64_t kMaxPoints = INT32_MAX;
+// Of the heads and of the levels on a GPU: a grid has so many blocks in y, and the levels are kept
+// in shared memory, which on the smallest GPUs holds fewer.
+constexpr int64_t kMaxGpuHeads = 65535;
+constexpr int64_t kMaxGpuLevels = 1024;
 // Of a level's height and width, unless value is float64: float32 holds each integer up to here.
 constexpr int64_t kMaxSide = 1 << 24;
 // Of the levels where their numbers of points differ: kMaxUnequalLevels, in ms_deform_attn.h.

@@ -23,15 +23,18 @@ using torch::headeronly::ScalarType;
 // ---------------------------------------------------------------------------------------- backends
 
 #if defined(USE_CUDA)
-void check_cuda(const Tensor& value, const char* error) {
-  check(error == nullptr, "ms_deform_attn on ", device_of(value), ": ", error ? error : "");
-}
-
-void* current_stream(const Tensor& value) {
+// function(stream), with the value's device as the current one, and named in what is thrown.
+template <typename Function>
+void on_device(const Tensor& value, Function&& function) {
+  const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   void* stream = nullptr;
   check(aoti_torch_get_current_cuda_stream(value.get_device_index(), &stream) == 0,
         "cannot get the current CUDA stream of ", device_of(value));
-  return stream;
+  try {
+    function(stream);
+  } catch (const std::runtime_error& error) {
+    check(false, "ms_deform_attn on ", device_of(value), ": ", error.what());
+  }
 }
 #endif
 
@@ -46,8 +49,7 @@ Tensor allocate_and_forward(Inputs&& inputs) {
   params.output = output.data_ptr();
 #if defined(USE_CUDA)
   if (inputs.value.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(inputs.value.get_device_index());
-    check_cuda(inputs.value, cuda::forward(params, current_stream(inputs.value)));
+    on_device(inputs.value, [&](void* stream) { cuda::forward(params, stream); });
     return output;
   }
 #endif
@@ -93,22 +95,22 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
     if (reference_needs_grad) torch::stable::zero_(*grads.reference_points);
 #if defined(USE_CUDA)
   } else if (inputs.value.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(inputs.value.get_device_index());
-    cuda::BackwardPlan plan;
-    check_cuda(inputs.value, cuda::plan_backward(params, plan));
-    Tensor scratch;
-    if (plan.scratch.bytes > 0) {
-      scratch = torch::stable::new_empty(inputs.value, {plan.scratch.bytes}, ScalarType::Byte);
-      params.scratch = scratch.data_ptr();
-    }
-    grads.value = plan.adds_to_zeros
-                      ? torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype)
-                      : torch::stable::empty_like(inputs.value);
-    params.grad_value = grads.value.data_ptr();
-    check_cuda(inputs.value, cuda::backward(params, plan, current_stream(inputs.value)));
-    if (acc_dtype != dtype && plan.adds_to_zeros) {
-      grads.value = torch::stable::to(grads.value, dtype);
-    }
+    on_device(inputs.value, [&](void* stream) {
+      const cuda::BackwardPlan plan = cuda::plan_backward(params);
+      Tensor scratch;
+      if (plan.scratch.bytes > 0) {
+        scratch = torch::stable::new_empty(inputs.value, {plan.scratch.bytes}, ScalarType::Byte);
+        params.scratch = scratch.data_ptr();
+      }
+      grads.value = plan.adds_to_zeros
+                        ? torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype)
+                        : torch::stable::empty_like(inputs.value);
+      params.grad_value = grads.value.data_ptr();
+      cuda::backward(params, plan, stream);
+      if (plan.adds_to_zeros && acc_dtype != dtype) {
+        grads.value = torch::stable::to(grads.value, dtype);
+      }
+    });
 #endif
   } else {
     grads.value = torch::stable::empty_like(inputs.value);

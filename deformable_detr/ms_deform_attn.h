@@ -106,15 +106,15 @@ MSDA_HOST_DEVICE OffsetUnits<acc_t> offset_units(const Params& p, int32_t level_
 
 // The backends read and write nothing outside their tensors, whatever the level metadata and the
 // locations hold: a level that does not fit into spatial_size contributes zero. There is at least
-// one point, and something to compute. On a GPU they only enqueue, on `stream`; they return null,
-// or what went wrong.
+// one point, and something to compute. On a GPU, whose device has to be the current one, they only
+// enqueue, on `stream`. They throw std::runtime_error.
 namespace cpu {
 void forward(const Params& params);
 void backward(const BackwardParams& params);
 }  // namespace cpu
 
 namespace cuda {
-const char* forward(const Params& params, void* stream);
+void forward(const Params& params, void* stream);
 // The backward follows a plan: see cuda/plan.h.
 }  // namespace cuda
 

@@ -271,6 +271,7 @@ def fail_at_each_allocation(function, check_process):
     enough = torch.cuda.max_memory_reserved() - before + 32 * MEGABYTE
 
     def allocations_within(size):
+        gc.collect()  # of tensors that a traceback of the last failure holds
         memory, (allocated, failures) = torch.cuda.memory_allocated(), counts()
         with room(size):
             try:
@@ -287,6 +288,7 @@ def fail_at_each_allocation(function, check_process):
                 for result, wanted in zip(results, expected)
             )
             results = None
+        gc.collect()
         assert torch.cuda.memory_allocated() == memory, f"leaked after {succeeded} allocations"
         check_process()
         return succeeded

@@ -38,25 +38,23 @@ Strategy choose_strategy(const BackwardParams& p) {
 
 }  // namespace
 
-const char* plan_backward(const BackwardParams& params, BackwardPlan& plan) {
-  plan = {};
+BackwardPlan plan_backward(const BackwardParams& params) {
+  BackwardPlan plan{};
   plan.strategy = choose_strategy(params);
   plan.adds_to_zeros = plan.strategy != Strategy::gather;
-  if (const char* error = plan_points(params, plan)) return error;
-  return plan.strategy == Strategy::gather ? plan_gather(params, plan) : nullptr;
+  plan_points(params, plan);
+  if (plan.strategy == Strategy::gather) plan_gather(params, plan);
+  return plan;
 }
 
-const char* backward(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
-  if (plan.slicing.reach_chunks > 0) {
-    if (const char* error = launch_reach(params, plan, stream)) return error;
-  }
-  if (const char* error = launch_points(params, plan, stream)) return error;
+void backward(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
+  if (plan.slicing.reach_chunks > 0) launch_reach(params, plan, stream);
+  launch_points(params, plan, stream);
   switch (plan.strategy) {
-    case Strategy::direct: return nullptr;  // points_kernel has added to grad_value
-    case Strategy::scatter: return launch_scatter(params, plan, stream);
-    case Strategy::gather: return launch_gather(params, plan, stream);
+    case Strategy::direct: break;  // points_kernel has added to grad_value
+    case Strategy::scatter: launch_scatter(params, plan, stream); break;
+    case Strategy::gather: launch_gather(params, plan, stream); break;
   }
-  return "the plan has no strategy";
 }
 
 }  // namespace ms_deform_attn::cuda

@@ -335,77 +335,70 @@ auto with_layout(const BackwardParams& p, const BackwardPlan& plan, Function&& f
 }
 
 // with_kernel(p, plan, [&](auto kernel, auto layout, auto acc, int64_t level_bytes,
-// int64_t row_gradient_bytes) { ... }): the kernel for a problem, its Layout, the type of its sums,
+// int64_t of_block) { ... }): the kernel for a problem, its Layout, the type of its sums,
 // and what a block's levels and RowGradients take.
 template <typename Function>
-const char* with_kernel(const BackwardParams& p, const BackwardPlan& plan, Function&& function) {
+void with_kernel(const BackwardParams& p, const BackwardPlan& plan, Function&& function) {
   const auto with_types = [&](auto zero, auto add) {
     using scalar_t = decltype(zero);
     using acc = acc_t<scalar_t>;
-    return with_layout<scalar_t, add.value>(p, plan, [&](auto vec, auto lanes, auto split) {
-      return with_source<scalar_t>(p, [&](auto source) {
+    with_layout<scalar_t, add.value>(p, plan, [&](auto vec, auto lanes, auto split) {
+      with_source<scalar_t>(p, [&](auto source) {
         using Layout = cuda::Layout<lanes.value, split.value>;
         using RowGradients = cuda::RowGradients<acc, Layout::kTeams, vec.value == 1>;
-        return function(
+        function(
             points_kernel<scalar_t, source.value, vec.value, lanes.value, split.value, add.value>,
             Layout{}, acc{}, p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>)),
             p.fused() ? RowGradients::of_block(p) * int64_t(sizeof(acc)) : 0);
       });
     });
   };
-  const char* error = nullptr;
   dispatch(p.value_dtype, [&](auto zero) {
     if constexpr (!std::is_same_v<decltype(zero), double>) {
-      if (plan.strategy == Strategy::direct) {
-        error = with_types(zero, std::true_type{});
-        return;
-      }
+      if (plan.strategy == Strategy::direct) return with_types(zero, std::true_type{});
     }
-    error = with_types(zero, std::false_type{});
+    with_types(zero, std::false_type{});
   });
-  return error;
 }
 
 }  // namespace
 
 // ----------------------------------------------------------------------------------------- entries
 
-const char* plan_points(const BackwardParams& params, BackwardPlan& plan) {
-  if (!params.fused()) return nullptr;
+void plan_points(const BackwardParams& params, BackwardPlan& plan) {
+  if (!params.fused()) return;
+  Scratch& scratch = plan.scratch;
   if (plan.strategy != Strategy::direct) {
     // With direct, points_kernel alone needs the softmaxes, and has them in registers.
     const int64_t size =
         params.value_dtype == DType::f64 ? sizeof(Softmax<double>) : sizeof(Softmax<float>);
-    plan.scratch.softmaxes = plan.scratch.reserve(count_rows(params) * size);
+    scratch.softmaxes = scratch.reserve(count_rows(params) * size);
   }
   bool fits = false;
-  const char* error = with_kernel(
-      params, plan, [&](auto kernel, auto, auto, int64_t level_bytes, int64_t row_gradient_bytes) {
-        return fits_shared_memory(kernel, level_bytes + row_gradient_bytes, fits);
-      });
-  if (error || fits) return error;
-  plan.scratch.row_gradients = plan.scratch.bytes;  // so that with_kernel takes the right one
-  return with_kernel(params, plan, [&](auto, auto layout, auto, int64_t, int64_t of_block) {
+  with_kernel(params, plan, [&](auto kernel, auto, auto, int64_t level_bytes, int64_t of_block) {
+    fits = fits_shared_memory(kernel, level_bytes + of_block);
+  });
+  if (fits) return;
+  scratch.row_gradients = scratch.bytes;  // so that with_kernel takes the kernel for it
+  with_kernel(params, plan, [&](auto, auto layout, auto, int64_t, int64_t of_block) {
     using Layout = decltype(layout);
     const int64_t blocks =
         params.batch * Layout::query_blocks(params) * Layout::head_blocks(params);
-    plan.scratch.row_gradients = plan.scratch.reserve(blocks * of_block);
-    return static_cast<const char*>(nullptr);
+    scratch.row_gradients = scratch.reserve(blocks * of_block);
   });
 }
 
-const char* launch_points(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
-  return with_kernel(
-      params, plan,
-      [&](auto kernel, auto layout, auto zero, int64_t level_bytes, int64_t row_gradient_bytes) {
-        using Layout = decltype(layout);
-        using acc = decltype(zero);
-        acc* row_gradients = in_scratch<acc>(params, plan.scratch.row_gradients);
-        const Grid grid{Layout::query_blocks(params), Layout::head_blocks(params), kThreads,
-                        level_bytes + (row_gradients ? 0 : row_gradient_bytes), kTooManyLevels};
-        return launch(kernel, params, grid, stream,
-                      in_scratch<Softmax<acc>>(params, plan.scratch.softmaxes), row_gradients);
-      });
+void launch_points(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
+  with_kernel(params, plan,
+              [&](auto kernel, auto layout, auto zero, int64_t level_bytes, int64_t of_block) {
+                using Layout = decltype(layout);
+                using acc = decltype(zero);
+                acc* row_gradients = in_scratch<acc>(params, plan.scratch.row_gradients);
+                const Grid grid{Layout::query_blocks(params), Layout::head_blocks(params), kThreads,
+                                level_bytes + (row_gradients ? 0 : of_block)};
+                launch(kernel, params, grid, stream,
+                       in_scratch<Softmax<acc>>(params, plan.scratch.softmaxes), row_gradients);
+              });
 }
 
 }  // namespace ms_deform_attn::cuda

@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(kReachThreads)
 }
 
 template <typename scalar_t>
-const char* launch_reach_kernel(const BackwardParams& p, const BackwardPlan& plan, void* stream) {
-  return with_source<scalar_t>(p, [&](auto source) {
+void launch_reach_kernel(const BackwardParams& p, const BackwardPlan& plan, void* stream) {
+  with_source<scalar_t>(p, [&](auto source) {
     const int32_t chunks = plan.slicing.reach_chunks;
     const int64_t warps = int64_t(chunks) * p.heads * p.levels;
-    const Grid grid{ceil_div<int64_t>(warps, kReachThreads / 32), 1, kReachThreads, 0, nullptr};
-    return launch(reach_kernel<scalar_t, source.value>, p, grid, stream, chunks,
-                  in_scratch<Reach>(p, plan.scratch.reaches));
+    const Grid grid{ceil_div<int64_t>(warps, kReachThreads / 32), 1, kReachThreads, 0};
+    launch(reach_kernel<scalar_t, source.value>, p, grid, stream, chunks,
+           in_scratch<Reach>(p, plan.scratch.reaches));
   });
 }
 

@@ -189,33 +189,29 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
 
 // ------------------------------------------------------------------------------------------- entry
 
-const char* launch_scatter(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
-  const char* error = nullptr;
+void launch_scatter(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc = acc_t<scalar_t>;
     if constexpr (std::is_same_v<scalar_t, double>) {
       // Its gradients are deterministic, and its points would take 55 KB of static shared memory,
       // where a kernel may have 48.
-      error = "float64 is never scattered";
+      throw std::logic_error("float64 is never scattered");
     } else {
       // A lane's channels fill 16 bytes of sums, so that what a team adds is contiguous.
-      error = with_vectors<scalar_t, 16 / sizeof(acc)>(params, [&](auto vec, auto lanes) {
+      with_vectors<scalar_t, 16 / sizeof(acc)>(params, [&](auto vec, auto lanes) {
         constexpr int kTeamChannels = lanes.value * vec.value;
         const int64_t blocks = ceil_div<int64_t>(params.queries, kScatterQueries) * params.heads *
                                ceil_div(params.channels, kTeamChannels);
-        return with_source<scalar_t>(params, [&](auto source) {
+        with_source<scalar_t>(params, [&](auto source) {
           const Grid grid{blocks, 1, kScatterThreads,
-                          params.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>)),
-                          kTooManyLevels};
-          return launch(scatter_kernel<scalar_t, source.value, vec.value, lanes.value>, params,
-                        grid, stream,
-                        in_scratch<const Softmax<acc>>(params, plan.scratch.softmaxes));
+                          params.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>))};
+          launch(scatter_kernel<scalar_t, source.value, vec.value, lanes.value>, params, grid,
+                 stream, in_scratch<const Softmax<acc>>(params, plan.scratch.softmaxes));
         });
       });
     }
   });
-  return error;
 }
 
 }  // namespace ms_deform_attn::cuda

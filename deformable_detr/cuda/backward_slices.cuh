@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "deformable_detr/cuda/launch.cuh"
 #include "deformable_detr/cuda/layout.cuh"
 #include "deformable_detr/cuda/plan.h"
 #include "deformable_detr/cuda/points.cuh"
@@ -137,10 +138,11 @@ struct Divisor {
 
 // The slices of a level, about square, row by row.
 struct LevelSlices {
-  int32_t count, across;  // in all, and side by side
+  int32_t count, across;  // in all (none if the level overlaps another), and side by side
   int32_t height, width;  // of the first
   int32_t first_point;    // of the level, in a row's points
   Divisor by_points;      // divides by the points of the level
+  bool overlaps;          // another level
 
   __device__ __forceinline__ Rectangle at(const Level& level, int32_t index) const {
     const int32_t down = index / across;
@@ -151,13 +153,33 @@ struct LevelSlices {
 
 constexpr int kSmallSlicePixels = 32;  // min_slices does not make slices smaller than that
 
+// Whether the levels lie one after the other and fill value, as they do in every model. Otherwise
+// some may overlap, or leave pixels that belong to none.
+template <typename LevelEntry>
+__device__ __forceinline__ bool levels_fill_value(const Params& p, const LevelEntry* levels) {
+  bool adjacent = true;
+  uint32_t covered = 0;
+  for (int32_t l = 0; l < p.levels; ++l) {
+    const Level& level = levels[l];
+    adjacent &= level.height == 0 || static_cast<uint32_t>(level.start) == covered;
+    covered += level.height * level.width;
+  }
+  return adjacent && covered == p.spatial_size;
+}
+
+template <typename LevelEntry>
 __device__ __forceinline__ LevelSlices cut_level(const Params& p, const Slicing& slicing,
-                                                 int32_t index, const Level& level) {
+                                                 const LevelEntry* levels, int32_t index,
+                                                 bool may_overlap) {
+  const Level& level = levels[index];
   LevelSlices slices{};
+  for (int32_t l = 0; may_overlap && l < p.levels; ++l) {
+    slices.overlaps |= l != index && level.overlaps(levels[l]);
+  }
   slices.first_point = first_point_of_level(p, index);
   slices.by_points = Divisor(max(points_of_level(p, index), 1));
   const int32_t all = level.height * level.width;
-  if (all == 0) return slices;
+  if (all == 0 || slices.overlaps) return slices;
   // Unsigned, as sides may be near 2^31.
   const auto parts = [](uint32_t size, uint32_t most) {
     return static_cast<int32_t>(ceil_div(size, most));
@@ -279,16 +301,17 @@ struct GatherMemory {
 struct DeviceLimits {
   int multiprocessors, block_memory, multiprocessor_memory;  // shared memory in bytes
 
-  const char* find() {
+  DeviceLimits() {
     int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    for (const auto& [attribute, limit] :
-         {std::pair{cudaDevAttrMultiProcessorCount, &multiprocessors},
-          std::pair{cudaDevAttrMaxSharedMemoryPerBlockOptin, &block_memory},
-          std::pair{cudaDevAttrMaxSharedMemoryPerMultiprocessor, &multiprocessor_memory}}) {
-      if (error == cudaSuccess) error = cudaDeviceGetAttribute(limit, attribute, device);
-    }
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    check_cuda(cudaGetDevice(&device));
+    const auto find = [&](cudaDeviceAttr attribute) {
+      int limit = 0;
+      check_cuda(cudaDeviceGetAttribute(&limit, attribute, device));
+      return limit;
+    };
+    multiprocessors = find(cudaDevAttrMultiProcessorCount);
+    block_memory = find(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    multiprocessor_memory = find(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   }
 };
 

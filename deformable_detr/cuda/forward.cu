@@ -25,6 +25,45 @@ template <typename scalar_t, Source kSource>
 constexpr bool kForwardStrips = sizeof(scalar_t) > 2 && !kIsFused<kSource>;
 constexpr int kStripTiles = 4;
 
+// Stores the channels of lanes whose sum is not finite. The kernel below multiplies what it has in
+// the place of a corner outside the map by zero, which makes NaN of an infinity that is no corner
+// of the point. Here such corners are left out. Not inlined and with its arguments by value, so
+// that it takes no registers from the kernel, to which it costs one test a row. To zero the corners
+// in the kernel instead costs 14 to 21%. The whole warp takes part, as a call by some of its lanes
+// would change the uniform registers of the others.
+template <typename scalar_t, Source kSource, int kVec, typename LevelEntry>
+__device__ __noinline__ void store_not_finite(const Params& p, const LevelEntry* levels,
+                                              TeamRow row, int32_t channel, bool stores,
+                                              Softmax<acc_t<scalar_t>> softmax) {
+  using acc = acc_t<scalar_t>;
+  using Vector = Vec<scalar_t, kVec>;
+  using Indexing = cuda::Indexing<scalar_t, kVec>;
+  const scalar_t* value = static_cast<const scalar_t*>(p.value) +
+                          (row.batch * p.spatial_size * p.heads + row.head) * p.channels + channel;
+  acc sum[kVec] = {};
+  PointCursor cursor(p, 0);
+  PointReader<scalar_t, kSource> reader;
+  reader.seek(p, row.index, row.query_index(p), 0);
+  for (int32_t point = 0; point < p.points; ++point) {
+    if (stores) {
+      reader.read(p);
+      const acc weight = find_weight(p, reader, softmax);
+      const Corners<acc> corners = find_corners(p, reader, cursor.level, levels[cursor.level]);
+      for (int j = 0; j < 4; ++j) {
+        if (corners.pixel[j] == kOutside) continue;
+        acc x[kVec];
+        Vector::load(Indexing::at(p, value, Indexing::offset(p, corners.pixel[j]))).unpack(x);
+#pragma unroll
+        for (int c = 0; c < kVec; ++c) sum[c] += weight * corners.corner_weight(j) * x[c];
+      }
+    }
+    reader.skip(p, 1);
+    cursor.advance(p, 1);
+  }
+  if (!stores) return;
+  Vector::pack(sum).store(static_cast<scalar_t*>(p.output) + row.index * p.channels + channel);
+}
+
 // kSplit groups of kLanes lanes share a row: each adds up every kSplit-th point. The corners of
 // kAhead points are loaded before they are used: more loads are in flight, but fewer warps fit.
 // kTiles: adjacent tiles that a block serves, of which the next finds samples of the last in L1.
@@ -151,14 +190,23 @@ __global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scal
 #pragma unroll
         for (int c = 0; c < kVec; ++c) sum[c] += __shfl_xor_sync(0xffffffff, sum[c], offset);
       }
+      acc scale = 1;
       if constexpr (kFused) {
-        const acc scale = softmax.scale();
+        scale = softmax.scale();
 #pragma unroll
         for (int c = 0; c < kVec; ++c) sum[c] *= scale;
       }
-      if (row.active() && has_channel && split == 0) {
+      acc finite = 0;  // NaN, if an element of the sum is not finite
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) finite += sum[c] * 0;
+      const bool stores = row.active() && has_channel && split == 0;
+      if (stores && finite == 0) {
         Vector::pack(sum).store(static_cast<scalar_t*>(p.output) + row.index * p.channels +
                                 channel);
+      }
+      if (__any_sync(0xffffffff, stores && finite != 0)) {
+        store_not_finite<scalar_t, kSource, kVec>(p, levels, row, channel, stores && finite != 0,
+                                                  {softmax.largest, scale});
       }
     }
   }
@@ -167,15 +215,15 @@ __global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scal
 // ---------------------------------------------------------------------------------------- launcher
 
 template <typename scalar_t, int kVec, int kLanes, int kSplit, int kAhead>
-const char* launch_forward(const Params& p, void* stream) {
+void launch_forward(const Params& p, void* stream) {
   using Layout = cuda::Layout<kLanes, kSplit, kForwardThreads<scalar_t>>;
-  return with_source<scalar_t>(p, [&](auto source) {
+  with_source<scalar_t>(p, [&](auto source) {
     const auto launch_tiles = [&](auto tiles) {
       const auto kernel =
           forward_kernel<scalar_t, source.value, kVec, kLanes, kSplit, kAhead, tiles.value>;
-      const Grid grid{
-          Layout::query_blocks(p, tiles.value), Layout::head_blocks(p), kForwardThreads<scalar_t>,
-          p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>)), kTooManyLevels};
+      const Grid grid{Layout::query_blocks(p, tiles.value), Layout::head_blocks(p),
+                      kForwardThreads<scalar_t>,
+                      p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>))};
       return launch(kernel, p, grid, stream);
     };
     if constexpr (kForwardStrips<scalar_t, source.value> && kAhead == 1) {
@@ -194,33 +242,26 @@ constexpr int64_t kManyRows = 131072;
 
 // ------------------------------------------------------------------------------------------- entry
 
-const char* forward(const Params& params, void* stream) {
-  const char* error = nullptr;
+void forward(const Params& params, void* stream) {
   const int64_t rows = count_rows(params);
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     constexpr int kVec = 16 / sizeof(scalar_t);
     if (params.channels % kVec != 0 || !Indexing<scalar_t, kVec>::fits(params)) {
-      error = launch_forward<scalar_t, 1, 32, 1, 1>(params, stream);
-      return;
+      return launch_forward<scalar_t, 1, 32, 1, 1>(params, stream);
     }
-    error = with_lanes<2, 32>(params.channels / kVec, [&](auto lanes) {
+    with_lanes<2, 32>(params.channels / kVec, [&](auto lanes) {
       constexpr int kLanes = lanes.value;
       constexpr bool kHalf = sizeof(scalar_t) == 2;
       if constexpr (kHalf && kLanes <= 4) {
-        if (rows <= kFewRows) {
-          return launch_forward<scalar_t, kVec, kLanes, 4, 2>(params, stream);
-        }
+        if (rows <= kFewRows) return launch_forward<scalar_t, kVec, kLanes, 4, 2>(params, stream);
       }
       if constexpr (!kHalf) {
-        if (rows <= kManyRows) {
-          return launch_forward<scalar_t, kVec, kLanes, 1, 2>(params, stream);
-        }
+        if (rows <= kManyRows) return launch_forward<scalar_t, kVec, kLanes, 1, 2>(params, stream);
       }
-      return launch_forward<scalar_t, kVec, kLanes, 1, 1>(params, stream);
+      launch_forward<scalar_t, kVec, kLanes, 1, 1>(params, stream);
     });
   });
-  return error;
 }
 
 }  // namespace ms_deform_attn::cuda

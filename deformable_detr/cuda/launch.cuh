@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -11,68 +13,65 @@
 
 namespace ms_deform_attn::cuda {
 
-constexpr int64_t kMaxBlocksYZ = 65535;  // of a grid
+constexpr int64_t kMaxBlocksYZ = 65535;           // of a grid
+constexpr int64_t kFreeSharedMemory = 16 * 1024;  // dynamic, which every kernel here may have
+
+inline void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that it is not found by whoever asks next
+  throw std::runtime_error(cudaGetErrorString(error));
+}
 
 // The blocks of a kernel. As z they have the batches.
 struct Grid {
   int64_t blocks_x, blocks_y;
   int threads;
   int64_t shared_memory;           // dynamic, in bytes
-  const char* too_much_memory;     // the error where a block cannot have that
   bool overlaps_previous = false;  // see below
 };
 
-constexpr int64_t kFreeSharedMemory = 16 * 1024;  // dynamic, which every kernel here may have
-
 // The most dynamic shared memory that the current device lets a block of this kernel have.
 template <typename Kernel>
-const char* find_shared_memory_limit(Kernel kernel, int64_t& limit) {
+int64_t shared_memory_limit(Kernel kernel) {
   int device = 0, of_block = 0;
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  limit = of_block - static_cast<int64_t>(attributes.sharedSizeBytes);
-  return nullptr;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel));
+  return of_block - static_cast<int64_t>(attributes.sharedSizeBytes);
 }
 
 template <typename Kernel>
-const char* fits_shared_memory(Kernel kernel, int64_t bytes, bool& fits) {
-  fits = bytes <= kFreeSharedMemory;
-  if (fits) return nullptr;
-  int64_t limit = 0;
-  const char* error = find_shared_memory_limit(kernel, limit);
-  fits = bytes <= limit;
-  return error;
+bool fits_shared_memory(Kernel kernel, int64_t bytes) {
+  return bytes <= kFreeSharedMemory || bytes <= shared_memory_limit(kernel);
 }
 
 // Lets a kernel have this much dynamic shared memory. It is allowed all that the device gives,
 // whatever this call needs, because the limit is the process's: a smaller one, set by another
 // thread between this one's setting and its launch, would make the launch fail.
 template <typename Kernel>
-const char* allow_shared_memory(Kernel kernel, const Grid& grid) {
-  if (grid.shared_memory <= kFreeSharedMemory) return nullptr;
-  int64_t limit = 0;
-  if (const char* error = find_shared_memory_limit(kernel, limit)) return error;
-  if (grid.shared_memory > limit) return grid.too_much_memory;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+void allow_shared_memory(Kernel kernel, int64_t bytes) {
+  if (bytes <= kFreeSharedMemory) return;
+  const int64_t limit = shared_memory_limit(kernel);
+  if (bytes > limit) {
+    throw std::runtime_error("spatial_shapes has more levels than the " + std::to_string(limit) +
+                             " bytes of a block's shared memory hold on this GPU");
+  }
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(limit)));
 }
 
 // Launches kernel(p, first_batch, arguments...), as often as the batches take: its blocks serve
-// those from first_batch on. Returns null, or the error.
+// those from first_batch on.
 template <typename ParamsType, typename... Arguments>
-const char* launch(void (*kernel)(ParamsType, int64_t, Arguments...), const ParamsType& p,
-                   const Grid& grid, void* stream, Arguments... arguments) {
+void launch(void (*kernel)(ParamsType, int64_t, Arguments...), const ParamsType& p,
+            const Grid& grid, void* stream, Arguments... arguments) {
   if (grid.blocks_x > INT32_MAX) {
-    return "sampling_locations has too many queries, expected below 2^31";
+    throw std::runtime_error("sampling_locations has " + std::to_string(p.queries) +
+                             " queries, more than a grid of " + std::to_string(INT32_MAX) +
+                             " blocks serves");
   }
-  if (grid.blocks_y > kMaxBlocksYZ) return "value has too many heads, expected at most 65535";
-  if (const char* error = allow_shared_memory(kernel, grid)) return error;
+  allow_shared_memory(kernel, grid.shared_memory);
   for (int64_t first_batch = 0; first_batch < p.batch; first_batch += kMaxBlocksYZ) {
     const int64_t batches = std::min(p.batch - first_batch, kMaxBlocksYZ);
     cudaLaunchConfig_t config = {};
@@ -86,13 +85,8 @@ const char* launch(void (*kernel)(ParamsType, int64_t, Arguments...), const Para
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
     config.numAttrs = grid.overlaps_previous ? 1 : 0;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p, first_batch, arguments...);
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // so that it is not found by whoever asks next
-      return cudaGetErrorString(error);
-    }
+    check_cuda(cudaLaunchKernelEx(&config, kernel, p, first_batch, arguments...));
   }
-  return nullptr;
 }
 
 // On sm_90 a kernel whose grid overlaps the previous one may start while that still runs

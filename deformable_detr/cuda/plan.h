@@ -43,9 +43,8 @@ struct BackwardPlan {
   Slicing slicing;  // of gather
 };
 
-// These return null, or what is wrong. Both need the device of the tensors to be current. The first
-// reads no pointer of the params but whether it is null.
-const char* plan_backward(const BackwardParams& params, BackwardPlan& plan);
-const char* backward(const BackwardParams& params, const BackwardPlan& plan, void* stream);
+// Of the pointers in params, planning reads only which ones are null.
+BackwardPlan plan_backward(const BackwardParams& params);
+void backward(const BackwardParams& params, const BackwardPlan& plan, void* stream);
 
 }  // namespace ms_deform_attn::cuda

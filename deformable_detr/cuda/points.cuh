@@ -63,9 +63,6 @@ __device__ __forceinline__ Entry read_level_entry(const Params& p, int32_t index
   return entry;
 }
 
-constexpr char kTooManyLevels[] =
-    "spatial_shapes has more levels than fit into the shared memory of this GPU";
-
 // Fills the table of levels. A block's threads load() its first entries to registers, may load
 // other things meanwhile, and store() the table.
 template <typename Entry>

@@ -29,6 +29,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#undef __noinline__
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -101,6 +103,7 @@ T __shfl_up_sync(unsigned, T x, unsigned by) {
 inline unsigned __ballot_sync(unsigned, int x) {
   return emulator::lanes(emulator::meet_warp(x != 0), [](uint64_t bits) { return bits != 0; });
 }
+inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
 template <typename T>
 unsigned __match_any_sync(unsigned, T x) {
   const uint64_t own = emulator::to_bits(x);
