@@ -1,8 +1,21 @@
 """What callers may pass, and what they are told when they pass something else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import SMALL, Case, assert_close, level_tensors, make_inputs, relative_error
+from cases import (
+    DTYPES,
+    OPERATORS,
+    SMALL,
+    TOLERANCES,
+    Case,
+    assert_close,
+    level_tensors,
+    make_inputs,
+    relative_error,
+)
+from test_operator import check_against_reference
 
 
 def reference_of(kernel, inputs):
@@ -146,14 +159,101 @@ def test_pixels_that_are_not_sampled_do_not_matter(kernel, device, dtype):
         assert grad.isfinite().all()
 
 
-def test_more_levels_than_a_gpu_takes(kernel, device):
-    case = Case("levels", ((1, 1),) * 1025, batch=1, queries=2, heads=1, points=1)
-    inputs = make_inputs(case, torch.float32, device)
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("channels", [30, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pixel_influences_the_samples_that_have_it_as_a_corner(
+    kernel, device, operator, dtype, channels
+):
+    """An infinite or NaN pixel makes of each output what it makes in float64, and no more."""
+    case = Case("not_finite", ((6, 4), (3, 2)), batch=1, queries=400, channels=channels)
+    inputs = OPERATORS[operator](case, dtype, device)
+    for pixel, head, bad in ((5, 0, "inf"), (11, 1, "-inf"), (26, 1, "nan")):
+        inputs.value[0, pixel, head, pixel % channels] = float(bad)
+    output = getattr(kernel, operator)(*inputs.args)
+    double = inputs.double()
+    expected = getattr(kernel.reference, operator)(*double.args)
+    assert expected.isnan().any() and expected.isinf().any() and expected.isfinite().any()
+    for is_class in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(is_class(output), is_class(expected)), is_class.__name__
+    finite = expected.isfinite()
+    assert_close(output[finite], expected[finite], "output")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_levels_that_overlap(kernel, device, operator, dtype, deterministic):
+    """Refused where that can be seen; on a GPU each level is sampled, and gradients add up."""
+    shapes = ((30, 40), (30, 40), (15, 20), (40, 8))
+    # In a batch this large, gather is what sums a half type's gradients.
+    case = Case("overlap", shapes, batch=4, queries=60, heads=8, channels=32)
+    inputs = OPERATORS[operator](case, dtype, device).require_grad()
+    inputs.level_start_index.copy_(torch.tensor([0, 0, 1200, 1100]))
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        if device == "cpu":
+            with pytest.raises(RuntimeError, match="level_start_index .* expected no overlap"):
+                getattr(kernel, operator)(*inputs.args)
+            return
+        output = getattr(kernel, operator)(*inputs.args)
+        grads = torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    double = inputs.double().require_grad()
+    expected = getattr(kernel.reference, operator)(*double.args)
+    assert_close(output, expected, "output")
+    wanted = torch.autograd.grad(expected, double.differentiable(), double.grad_output)
+    for name, grad, other in zip(inputs.gradient_names(), grads, wanted):
+        assert_close(grad, other, name)
+
+
+def on_a_gpu_only(device):
     if device == "cpu":
-        assert_close(kernel.ms_deform_attn(*inputs.args), reference_of(kernel, inputs), "output")
-    else:
-        with pytest.raises(RuntimeError, match="spatial_shapes has 1025 levels, expected at most 1024 on a GPU"):
-            kernel.ms_deform_attn(*inputs.args)
+        pytest.skip("a limit of GPUs")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_most_levels_of_a_gpu(kernel, device, operator, dtype, deterministic):
+    on_a_gpu_only(device)
+    case = Case("levels", ((1, 1),) * 1024, batch=1, queries=2, heads=2, points=2)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check_against_reference(kernel, OPERATORS[operator](case, dtype, device))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    case = replace(case, shapes=((1, 1),) * 1025)
+    with pytest.raises(RuntimeError, match="spatial_shapes has 1025 levels, expected at most 1024"):
+        getattr(kernel, operator)(*OPERATORS[operator](case, dtype, device).args)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_more_points_than_shared_memory_holds(kernel, device, operator, dtype, deterministic):
+    """Of a row: a fused backward keeps them until it has seen all."""
+    on_a_gpu_only(device)
+    case = Case("points", ((5, 7),), batch=1, queries=3, channels=32, points=3000)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        inputs = OPERATORS[operator](case, dtype, device)
+        # Each of 3000 weights is a three-thousandth, and gradients of logits cancel.
+        check_against_reference(kernel, inputs, tolerance=500 * TOLERANCES[dtype])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_most_heads_of_a_gpu(kernel, device):
+    on_a_gpu_only(device)
+    case = Case("heads", ((1, 2),), batch=1, queries=2, heads=65535, channels=1, points=1)
+    check_against_reference(kernel, make_inputs(case, torch.float32, device))
+    with pytest.raises(RuntimeError, match="value has 65536 heads, expected at most 65535"):
+        kernel.ms_deform_attn(*make_inputs(replace(case, heads=65536), torch.float32, device).args)
+
+
+def test_more_levels_on_a_cpu(kernel):
+    case = Case("levels", ((1, 1),) * 1025, batch=1, queries=2, heads=1, points=1)
+    inputs = make_inputs(case, torch.float32)
+    assert_close(kernel.ms_deform_attn(*inputs.args), reference_of(kernel, inputs), "output")
 
 
 def test_levels_helper_agrees_with_transformers_convention():

@@ -4,6 +4,7 @@ import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,27 @@ def test_two_threads_on_two_streams(kernel, operator, gpus):
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(work, (0, 1)))
+
+
+@one_gpu
+def test_threads_with_calls_of_other_sizes(kernel, operator, gpus):
+    """Each kernel's maximum of shared memory is the process's: no thread takes it from another."""
+
+    def work(seed):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for turn in range(40):
+                queries = (40, 5000, 300, 900, 2000)[(turn + seed) % 5]
+                case = replace(CASE, queries=queries, heads=8)
+                inputs = OPERATORS[operator](case, torch.float16, "cuda").require_grad()
+                call(kernel, operator, inputs)
+        return True
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(work, range(3)))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @one_gpu
