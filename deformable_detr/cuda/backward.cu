@@ -22,11 +22,12 @@ namespace ms_deform_attn::cuda {
 namespace {
 
 Strategy choose_strategy(const BackwardParams& p) {
-  // float64 is for checking gradients, which must repeat.
+  // float64 is for checking gradients, which must repeat. No other kernel is compiled for it.
   if (p.deterministic || p.value_dtype == DType::f64) return Strategy::gather;
   if (queries_are_pixels(p)) return Strategy::scatter;
   // Where a level has few points and value many elements, clearing grad_value (and a float copy of
-  // it) takes longer than looking for points. The bounds are where the two were equal on an H100.
+  // it) takes longer than looking for points. The bounds were measured on an H100, in each dtype; a
+  // block holds 4096 points.
   const int64_t elements = p.batch * p.spatial_size * p.heads * p.channels;
   const int64_t points = max_level_points(p);
   const bool gather =

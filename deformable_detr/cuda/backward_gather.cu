@@ -44,9 +44,10 @@ struct GatherBlock {
     Divisor by_points;
   };
 
-  // Where a warp is in its search for points, which are counted query by query. It looks at groups
-  // of 32: at every kGatherWarps-th one of the level, or with a table of reaches, at all of those
-  // chunks that touch the slice, of every kGatherWarps-th chunk.
+  // Where a warp is in its search for points, which are counted query by query, in groups of 32.
+  // Without a table of reaches, warp w tests groups w, w + kGatherWarps and so on. With one, it
+  // takes chunks w, w + kGatherWarps and so on, and in each that touches the slice it tests all
+  // groups.
   struct Search {
     const Reach* reaches;  // of the level's chunks, or null
     int32_t step;          // between groups
@@ -419,7 +420,7 @@ __device__ __noinline__ void sum_overlapping(const BackwardParams& p, const Slic
 }
 
 template <typename scalar_t, Source kSource, int kVec, int kLanes>
-__global__ void __launch_bounds__(kGatherThreads, 3)
+__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     gather_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch,
                   const __grid_constant__ Slicing slicing,
                   const Softmax<acc_t<scalar_t>>* softmaxes, const Reach* reaches) {
@@ -555,20 +556,23 @@ void plan_gather(const BackwardParams& params, BackwardPlan& plan) {
   constexpr int64_t kMostPoints = INT32_MAX - kLookAhead * kGatherThreads;
   const int64_t points = max_level_points(params);
   if (points > kMostPoints) {
-    throw std::runtime_error("sampling_locations has " + std::to_string(points) +
+    throw std::runtime_error("the call has " + std::to_string(points) +
                              " points in a level, over all queries of a head, expected at most " +
-                             std::to_string(kMostPoints) + " for gradients that repeat");
+                             std::to_string(kMostPoints) + " where gradients repeat");
   }
   const int32_t chunks = count_reach_chunks(params);
   if (chunks > 0) {
     const int64_t levels = params.batch * params.heads * params.levels;
     plan.scratch.reaches = plan.scratch.reserve(levels * chunks * sizeof(Reach));
   }
+  const DeviceLimits limits;
+  // In a fused call gather_kernel needs the softmaxes of points_kernel.
+  plan.overlaps_points = limits.overlaps_kernels && !params.fused();
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     with_block<scalar_t>(params, [&](auto vec, auto lanes) {
       plan.slicing = choose_slicing<PlannedMemory<scalar_t>, acc_t<scalar_t>>(
-          params, DeviceLimits(), kGatherThreads / lanes.value, lanes.value * vec.value, chunks);
+          params, limits, kGatherThreads / lanes.value, lanes.value * vec.value, chunks);
     });
   });
 }
@@ -590,8 +594,7 @@ void launch_gather(const BackwardParams& params, const BackwardPlan& plan, void*
       const int64_t bytes =
           PlannedMemory<scalar_t>::bytes(plan.slicing, kTeams, kTeamChannels, params.levels);
       with_source<scalar_t>(params, [&](auto source) {
-        // In a fused call it needs the softmaxes of points_kernel, and cannot overlap with it.
-        const Grid grid{slices * slice_blocks, 1, kGatherThreads, bytes, !kIsFused<source.value>};
+        const Grid grid{slices * slice_blocks, 1, kGatherThreads, bytes, plan.overlaps_points};
         launch(gather_kernel<scalar_t, source.value, vec.value, lanes.value>, params, grid, stream,
                plan.slicing,
                in_scratch<const Softmax<acc_t<scalar_t>>>(params, plan.scratch.softmaxes),

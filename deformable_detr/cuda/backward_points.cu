@@ -71,8 +71,9 @@ struct RowGradients {
 
 // ---------------------------------------------------------------------------------------- products
 
-// Adds up four numbers over a team. Halves are exchanged instead of copied where possible: lane l
-// ends up with the total of number l % 4 (in a team of two, of l and l + 2).
+// Adds up four numbers over a group of kLanes lanes. In the first steps a lane keeps half of its
+// numbers and gives the others to its partner, so that lane l ends up with the total of number l %
+// 4 (in a group of two, of l and l + 2).
 template <int kLanes, typename acc>
 __device__ __forceinline__ void reduce_corners(acc (&x)[4], int lane) {
   const bool odd = lane & 1;
@@ -123,8 +124,8 @@ __device__ __forceinline__ void finish_fused_row(const BackwardParams& p, const 
 }
 
 // kSplit groups of kLanes lanes share a row's points. softmaxes: [batch, queries, heads], written
-// in a fused call for the kernel that sums grad_value; none does with kAdd. row_gradients: in
-// scratch, or null where they fit into shared memory.
+// in a fused call for the kernel that sums grad_value; with kAdd there is no other. row_gradients:
+// in scratch, or null where they fit into shared memory.
 template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, bool kAdd>
 __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     points_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch,

@@ -23,7 +23,7 @@ struct alignas(16) Reach {
 constexpr int kReachQueries = 128;  // of a chunk
 constexpr int kReachThreads = 256;
 
-// The chunks of a level, or 0 where a block holds all points of a level at once and needs no table.
+// The chunks of a level, or 0 where the points of a level are few enough to look at all of them.
 inline int32_t count_reach_chunks(const Params& p) {
   if (max_level_points(p) <= kMaxHeld) return 0;
   return static_cast<int32_t>(ceil_div<int64_t>(p.queries, kReachQueries));

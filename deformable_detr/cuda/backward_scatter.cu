@@ -2,8 +2,9 @@
 // atomics than one for each corner of each point.
 //
 // Neighbouring queries sample neighbouring pixels, so many of their points fall on the same ones. A
-// block takes a square of queries, sorts their points by pixel, and adds up in registers what falls
-// on the same four corners before it adds that to grad_value. Sums are in any order.
+// block takes a square of queries, sorts their points by pixel (modulo kBins), and adds up in
+// registers what falls on the same four corners before it adds that to grad_value. Sums are in any
+// order.
 #include "deformable_detr/cuda/backward_kernels.h"
 #include "deformable_detr/cuda/block_scan.cuh"
 #include "deformable_detr/cuda/launch.cuh"
@@ -39,6 +40,9 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   __shared__ uint16_t order[kScatterPoints];          // of the points, by bin
   __shared__ int32_t bins[kBins];                     // the count of points, then where they start
   __shared__ int32_t queries[kScatterQueries];
+  static_assert(sizeof(weights) + sizeof(pixels) + sizeof(order) + sizeof(bins) + sizeof(queries) +
+                    1024 <=
+                48 * 1024 - kFreeSharedMemory);
 
   LevelLoader<LevelEntry> level_loader;
   level_loader.load(p);

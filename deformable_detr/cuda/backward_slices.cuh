@@ -1,15 +1,16 @@
 // How gather cuts levels into slices, and what it does when more points lie near a slice than fit.
 //
 // A block owns a slice, a rectangle of a level's pixels, and finds the points that touch it. It
-// holds as many at a time as have room in shared memory: kGatherWarps * candidates. If more lie
-// near the slice, four things help, in this order:
+// holds as many at a time as have room in shared memory: kGatherWarps * candidates. What is done
+// about more of them, first when the backward is planned, then in the block:
 //
-// * The plan shrinks. choose_slicing() takes as much shared memory as lets kGatherBlocks blocks
-// share
+// * The plan fits slices to the GPU. choose_slicing() takes as much shared memory as lets
+// kGatherBlocks blocks share
 //   a multiprocessor. Where candidates and slices would become too small for that, a block gets a
 //   multiprocessor for itself, and then they shrink as far as it takes.
-// * The plan cuts. A level has at least `min_slices` slices: so many that its points, were they
-//   spread evenly, would fit.
+// * The plan cuts. A level has at least `min_slices` slices of kMinCutPixels or more: so many that
+// its
+//   points, were they spread evenly, would fit.
 // * The block halves. A slice of more than `sum_pixels` pixels near which more points lie is cut in
 //   two along its longer side, again and again, and each part is looked at anew.
 // * The block works in rounds. The sums of a slice of at most `sum_pixels` pixels stay in shared
@@ -33,7 +34,7 @@ constexpr int kGatherWarps = kGatherThreads / 32;
 constexpr int kMaxCandidates = 512;                      // that a warp holds
 constexpr int kMaxHeld = kMaxCandidates * kGatherWarps;  // that a block holds
 constexpr int kMaxSlicePixels = 1024;
-constexpr int kMaxSide = 64;  // of a slice
+constexpr int kMaxSliceSide = 64;  // of a slice
 static_assert(kMaxHeld < 1 << 16, "slots of points and counts of them have 16 bits");
 
 // ------------------------------------------------------------------------------------------- cells
@@ -151,7 +152,7 @@ struct LevelSlices {
   }
 };
 
-constexpr int kSmallSlicePixels = 32;  // min_slices does not make slices smaller than that
+constexpr int kMinCutPixels = 32;  // min_slices does not cut slices smaller than that
 
 // Whether the levels lie one after the other and fill value, as they do in every model. Otherwise
 // some may overlap, or leave pixels that belong to none.
@@ -186,19 +187,19 @@ __device__ __forceinline__ LevelSlices cut_level(const Params& p, const Slicing&
   };
   const auto even_part = [&](int32_t size, int32_t most) { return parts(size, parts(size, most)); };
   const int32_t most =
-      min(slicing.slice_pixels, max(parts(all, slicing.min_slices), kSmallSlicePixels));
-  const int32_t side = min(static_cast<int32_t>(sqrtf(static_cast<float>(most))), kMaxSide);
+      min(slicing.slice_pixels, max(parts(all, slicing.min_slices), kMinCutPixels));
+  const int32_t side = min(static_cast<int32_t>(sqrtf(static_cast<float>(most))), kMaxSliceSide);
   slices.width = even_part(level.width, side);
-  slices.height = even_part(level.height, min(most / slices.width, kMaxSide));
+  slices.height = even_part(level.height, min(most / slices.width, kMaxSliceSide));
   slices.across = parts(level.width, slices.width);
   slices.count = parts(level.height, slices.height) * slices.across;
   return slices;
 }
 
-// The image row, in a rectangle, of a pixel's index there. Exact for sides up to kMaxSide and up to
-// 2^16 / kMaxSide pixels.
+// The image row, in a rectangle, of a pixel's index there. Exact for sides up to kMaxSliceSide and
+// up to 2^16 / kMaxSliceSide pixels.
 struct RowOfPixel {
-  static_assert(kMaxSlicePixels * kMaxSide <= 1 << 16);
+  static_assert(kMaxSlicePixels * kMaxSliceSide <= 1 << 16);
   uint32_t factor;  // 2^16 / width, rounded up
 
   __device__ __forceinline__ int32_t operator()(int32_t pixel) const {
@@ -270,7 +271,7 @@ struct GatherMemory {
   }
   // Room for the cells of a slice. Even, as two counts of 16 bits share a word.
   static __host__ __device__ int cells(const Slicing& slicing) {
-    return (slicing.slice_pixels + 2 * kMaxSide + 3) / 2 * 2;
+    return (slicing.slice_pixels + 2 * kMaxSliceSide + 3) / 2 * 2;
   }
   static __host__ __device__ int sum_rows(const Slicing& slicing, int teams) {
     return slicing.sum_pixels > teams ? slicing.sum_pixels : teams;
@@ -300,6 +301,7 @@ struct GatherMemory {
 
 struct DeviceLimits {
   int multiprocessors, block_memory, multiprocessor_memory;  // shared memory in bytes
+  bool overlaps_kernels;
 
   DeviceLimits() {
     int device = 0;
@@ -312,12 +314,13 @@ struct DeviceLimits {
     multiprocessors = find(cudaDevAttrMultiProcessorCount);
     block_memory = find(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     multiprocessor_memory = find(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    overlaps_kernels = find(cudaDevAttrComputeCapabilityMajor) >= 9;
   }
 };
 
 constexpr int kGatherBlocks = 3;  // that share a multiprocessor, if their shared memory allows
 constexpr int kMinCandidates = 128;
-constexpr int kMinSlicePixels = 128;
+constexpr int kMinSlicePixels = 128;  // before min_slices cuts, or the plan shrinks
 constexpr int kSumPixels = 64;
 constexpr int kStaticBytes = 2048;  // of shared memory that a block has besides, at most
 // With a table of reaches:
@@ -350,7 +353,7 @@ Slicing choose_slicing(const BackwardParams& p, const DeviceLimits& limits, int 
     }
   };
   const int shared = std::max(limits.multiprocessor_memory / kGatherBlocks, 48 * 1024);
-  shrink(std::min(limits.block_memory, shared) - kStaticBytes, kMinCandidates, kSmallSlicePixels);
+  shrink(std::min(limits.block_memory, shared) - kStaticBytes, kMinCandidates, kMinCutPixels);
   shrink(limits.block_memory - kStaticBytes, 32, 2);
   if (reach_chunks == 0 && points > Memory::slots(slicing)) {
     slicing.min_slices = int32_t(ceil_div<int64_t>(4 * points, 3 * Memory::slots(slicing)));

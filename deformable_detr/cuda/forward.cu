@@ -10,8 +10,7 @@ namespace {
 
 // ------------------------------------------------------------------------------------------ kernel
 
-// Half types are faster in small blocks, which end sooner, as teams have little to wait for in
-// common.
+// Half types are faster in small blocks: a block's place is free when its last warp ends.
 template <typename scalar_t>
 constexpr int kForwardThreads = sizeof(scalar_t) == 2 ? kThreads / 2 : kThreads;
 // Blocks that share the registers of a multiprocessor.

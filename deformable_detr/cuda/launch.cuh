@@ -13,8 +13,10 @@
 
 namespace ms_deform_attn::cuda {
 
-constexpr int64_t kMaxBlocksYZ = 65535;           // of a grid
-constexpr int64_t kFreeSharedMemory = 16 * 1024;  // dynamic, which every kernel here may have
+constexpr int64_t kMaxBlocksYZ = 65535;  // of a grid
+// Dynamic, which every kernel here may have without asking: beside its static shared memory, of
+// 48 KB in all.
+constexpr int64_t kFreeSharedMemory = 8 * 1024;
 
 inline void check_cuda(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -27,7 +29,7 @@ struct Grid {
   int64_t blocks_x, blocks_y;
   int threads;
   int64_t shared_memory;           // dynamic, in bytes
-  bool overlaps_previous = false;  // see below
+  bool overlaps_previous = false;  // see let_next_kernel_start
 };
 
 // The most dynamic shared memory that the current device lets a block of this kernel have.
@@ -54,8 +56,10 @@ void allow_shared_memory(Kernel kernel, int64_t bytes) {
   if (bytes <= kFreeSharedMemory) return;
   const int64_t limit = shared_memory_limit(kernel);
   if (bytes > limit) {
-    throw std::runtime_error("spatial_shapes has more levels than the " + std::to_string(limit) +
-                             " bytes of a block's shared memory hold on this GPU");
+    throw std::runtime_error("spatial_shapes needs " + std::to_string(bytes) +
+                             " bytes of a block's shared memory for its levels and what goes with "
+                             "them, expected at most " +
+                             std::to_string(limit) + " on this GPU");
   }
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(limit)));
@@ -67,7 +71,7 @@ template <typename ParamsType, typename... Arguments>
 void launch(void (*kernel)(ParamsType, int64_t, Arguments...), const ParamsType& p,
             const Grid& grid, void* stream, Arguments... arguments) {
   if (grid.blocks_x > INT32_MAX) {
-    throw std::runtime_error("sampling_locations has " + std::to_string(p.queries) +
+    throw std::runtime_error("the call has " + std::to_string(p.queries) +
                              " queries, more than a grid of " + std::to_string(INT32_MAX) +
                              " blocks serves");
   }

@@ -1,4 +1,4 @@
-// How work is laid out over the GPU, the same in forward and backward.
+// How forward_kernel and points_kernel lay out their work over the GPU.
 //
 // A team of lanes (a power of two, inside one warp) serves one row: a (batch, query, head). Each
 // lane owns kVec adjacent channels. The geometry of the points is worked out once: each lane takes
@@ -38,7 +38,7 @@ inline int64_t max_level_points(const Params& p) {
 // ------------------------------------------------------------------------------------------- tiles
 
 // How a block's threads are cut into teams, and its tile into queries and heads. kLanes lanes hold
-// a row's channels, 16 bytes each; kSplit such groups share the points of one row.
+// a row's channels, usually 16 bytes each; kSplit such groups share the points of one row.
 template <int kLanes, int kSplit, int kBlock = kThreads>
 struct Layout {
   static constexpr int kTeam = kLanes * kSplit;
@@ -105,8 +105,9 @@ __host__ __device__ __forceinline__ bool queries_are_pixels(const Params& p) {
   return p.queries == p.spatial_size;
 }
 
-// The query at a position in the order of the strips. The order is a permutation of the queries
-// whatever the level metadata holds: a level that does not fit, and all after it, stay as they are.
+// The query at a position in the order of the strips, which is a permutation of the queries
+// whatever the level metadata holds: queries beyond what the levels' pixels add up to stay as they
+// are.
 template <int kRows, typename LevelEntry>
 __device__ __forceinline__ int64_t query_in_strips(const Params& p, const LevelEntry* levels,
                                                    int64_t position) {

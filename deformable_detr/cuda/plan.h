@@ -12,7 +12,7 @@ enum class Strategy : int8_t { direct, scatter, gather };
 // How gather cuts the levels. backward_slices.cuh tells what these are for.
 struct Slicing {
   int32_t slice_pixels;  // the most pixels of a slice
-  int32_t min_slices;    // of a level
+  int32_t min_slices;    // of a level, if they have enough pixels
   int32_t candidates;    // the most points that a warp holds at a time
   int32_t sum_pixels;    // pixels whose sums fit into shared memory
   int32_t reach_chunks;  // of each level, in the table of reaches; 0: there is no table
@@ -40,7 +40,8 @@ struct BackwardPlan {
   // and every element is written.
   bool adds_to_zeros;
   Scratch scratch;
-  Slicing slicing;  // of gather
+  Slicing slicing;       // of gather
+  bool overlaps_points;  // whether gather_kernel may start before points_kernel ends
 };
 
 // Of the pointers in params, planning reads only which ones are null.

@@ -95,12 +95,6 @@ struct Vec {
 
 // to[i] += x[i], atomically.
 template <int N>
-__device__ __forceinline__ void atomic_add(double* to, const double (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) atomicAdd(to + i, x[i]);
-}
-
-template <int N>
 __device__ __forceinline__ void atomic_add(float* to, const float (&x)[N]) {
 #if __CUDA_ARCH__ >= 900
   if constexpr (N == 4) {
