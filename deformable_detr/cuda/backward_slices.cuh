@@ -5,12 +5,10 @@
 // about more of them, first when the backward is planned, then in the block:
 //
 // * The plan fits slices to the GPU. choose_slicing() takes as much shared memory as lets
-// kGatherBlocks blocks share
-//   a multiprocessor. Where candidates and slices would become too small for that, a block gets a
-//   multiprocessor for itself, and then they shrink as far as it takes.
+//   kGatherBlocks blocks share a multiprocessor. Where candidates and slices would become too small
+//   for that, a block gets a multiprocessor for itself, and then they shrink as far as it takes.
 // * The plan cuts. A level has at least `min_slices` slices of kMinCutPixels or more: so many that
-// its
-//   points, were they spread evenly, would fit.
+//   its points, were they spread evenly, would fit.
 // * The block halves. A slice of more than `sum_pixels` pixels near which more points lie is cut in
 //   two along its longer side, again and again, and each part is looked at anew.
 // * The block works in rounds. The sums of a slice of at most `sum_pixels` pixels stay in shared

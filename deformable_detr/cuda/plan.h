@@ -21,10 +21,9 @@ struct Slicing {
 // What a backward keeps in params.scratch, by offsets in bytes.
 struct Scratch {
   static constexpr int64_t kNone = -1;
-  int64_t softmaxes = kNone;  // [batch, queries, heads]: points_kernel -> scatter, gather
-  int64_t row_gradients =
-      kNone;                // [batch, queries, heads]: points_kernel, if shared memory is full
-  int64_t reaches = kNone;  // [batch, heads, levels, chunks]: reach_kernel -> gather
+  int64_t softmaxes = kNone;      // [batch, queries, heads]: points_kernel -> scatter, gather
+  int64_t row_gradients = kNone;  // of each block: points_kernel, if shared memory is full
+  int64_t reaches = kNone;        // [batch, heads, levels, chunks]: reach_kernel -> gather
   int64_t bytes = 0;
 
   int64_t reserve(int64_t size) {
