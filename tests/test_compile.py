@@ -1,4 +1,4 @@
-"""What PyTorch's compilers, exporters and graphs, and its operator checks, make of the ops."""
+"""PyTorch's compilers, exporters, graphs, operator checks and counters, on the ops."""
 
 import shutil
 import subprocess
@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 from cases import OPERATORS, SMALL, Case, relative_error
+from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.utils.cpp_extension import CUDA_HOME
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def ops(kernel):
@@ -222,21 +224,120 @@ def check_that_torch_loads_packages(device, folder):
         pytest.skip(f"AOTInductor cannot run x * 2 here: exit status {run.returncode}, {last}")
 
 
-def test_aot_inductor_package(kernel, device, operator, tmp_path):
+class Both(torch.nn.Module):
+    """Both operators, so that one package, which takes half a minute to compile, has both."""
+
+    def __init__(self, plain, fused):
+        super().__init__()
+        self.plain, self.fused = plain, fused
+
+    def forward(self, plain_args, fused_args):
+        return self.plain(*plain_args), self.fused(*fused_args)
+
+
+def test_aot_inductor_package(kernel, device, tmp_path):
     """The package calls the op by name, so the process that runs it must have loaded the kernel."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no C++ compiler here: AOTInductor needs one")
     if device == "cuda" and CUDA_HOME is None:
         pytest.skip("no CUDA toolkit here: AOTInductor needs its headers for a GPU")
     check_that_torch_loads_packages(device, tmp_path)
+
+    def both(**sizes):
+        pairs = [module_and_inputs(kernel, name, device, **sizes) for name in OPERATORS]
+        modules, args = zip(*pairs)
+        return Both(*modules).eval(), args
+
+    module, args = both()
+    shapes = tuple((value, *rest) for value, rest in map(dynamic_shapes, args))
+    with torch.no_grad():
+        program = torch.export.export(module, args, dynamic_shapes=shapes)
     package = torch._inductor.aoti_compile_and_package(
-        exported(kernel, operator, device), package_path=str(tmp_path / "model.pt2")
+        program, package_path=str(tmp_path / "model.pt2")
     )
     run = torch._inductor.aoti_load_package(package)
     for sizes in ({}, {"batch": 5, "queries": 7}):
-        module, args = module_and_inputs(kernel, operator, device, **sizes)
+        module, args = both(**sizes)
         with torch.no_grad():
-            assert torch.allclose(run(*args), module(*args), atol=1e-5)
+            for actual, expected in zip(run(*args), module(*args)):
+                assert torch.allclose(actual, expected, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- TorchScript
+
+
+def layer_and_args(kernel, device):
+    inputs = OPERATORS["ms_deform_attn"](SMALL, torch.float32, device).require_grad()
+    value, shapes, *rest = inputs.args
+    layer = kernel.layers.MultiScaleDeformableAttention()
+    return layer, inputs, (value, shapes, list(SMALL.shapes), *rest, 64)
+
+
+def test_script_of_the_layer(kernel, device, tmp_path):
+    layer, inputs, args = layer_and_args(kernel, device)
+    torch.jit.script(layer).save(tmp_path / "layer.pt")
+    scripted = torch.jit.load(tmp_path / "layer.pt")
+    assert torch.equal(scripted(*args), layer(*args))
+    grads, expected = (
+        torch.autograd.grad(f(*args), inputs.differentiable(), inputs.grad_output)
+        for f in (scripted, layer)
+    )
+    for a, b in zip(grads, expected):
+        assert relative_error(a, b.double()) < 1e-6
+
+
+def test_trace_that_records_gradients(kernel, device, operator, tmp_path):
+    """A trace holds the op: a Python function could not be saved."""
+    inputs = OPERATORS[operator](SMALL, torch.float32, device).require_grad()
+    function = getattr(kernel, operator)
+    path = str(tmp_path / "trace.pt")
+    torch.jit.trace(lambda *args: function(*args) * 2, inputs.args).save(path)
+    traced = torch.jit.load(path)
+    assert torch.equal(traced(*inputs.args), function(*inputs.args) * 2)
+    traced(*inputs.args).sum().backward()
+    assert all(tensor.grad.any() for tensor in inputs.differentiable())
+
+
+# ----------------------------------------------------------------------- calls of the op by others
+
+
+def test_transforms_of_an_exported_program(kernel, device, operator):
+    """It calls the op itself, where a transform is computed or refused, never ignored."""
+    module, args = module_and_inputs(kernel, operator, device)
+    with torch.no_grad():
+        run = torch.export.export(module, args).module()
+    value, *rest = args
+    ones = torch.ones_like(value)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(run(forward_ad.make_dual(value, ones), *rest)).tangent
+    expected = torch.func.jvp(lambda value: module(value, *rest), (value,), (ones,))[1]
+    assert relative_error(tangent.detach(), expected.detach().double()) < 1e-5
+    with pytest.raises(NotImplementedError, match="under a transform of torch.func"):
+        torch.func.jvp(lambda value: run(value, *rest), (value,), (ones,))
+    with pytest.raises(NotImplementedError, match="under a transform of torch.func"):
+        torch.func.grad(lambda value: run(value, *rest).sum())(value)
+    many = torch.stack([value, value * 2])
+    outputs = torch.vmap(lambda value: run(value, *rest))(many)
+    for output, value in zip(outputs, many):
+        assert torch.allclose(output, run(value, *rest), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize(
+    "options, corners", [({}, 4), ({"method": "nearest"}, 1), ({"points_per_level": (3, 1)}, 4)]
+)
+def test_counted_operations(kernel, device, operator, options, corners):
+    case = Case("flops", **options)
+    inputs = OPERATORS[operator](case, torch.float32, device).require_grad()
+    with FlopCounterMode(display=False) as counter:
+        output = getattr(kernel, operator)(*inputs.args, **inputs.options)
+        forward = counter.get_total_flops()
+        output.backward(inputs.grad_output)
+    samples = case.batch * case.queries * case.heads * sum(case.numbers_of_points)
+    assert forward == 2 * corners * samples * case.channels
+    assert counter.get_total_flops() == 3 * forward
 
 
 # ------------------------------------------------------------------------------------- CUDA graphs

@@ -1,13 +1,14 @@
 """How a call reaches its native op, and what autograd and torch.func are told of it.
 
 A call takes one of four routes:
-* Under torch.compile and torch.export, the op itself, whose formulas are in registrations.py.
+* Under torch.compile and torch.export, the op itself; see registrations.py.
 * Under a transform of torch.func and in forward-mode AD, ``Transformed``.
 * Where gradients are to be recorded, ``Recorded``, which is the same without what only transforms
   need: torch.autograd.Function takes some 25 us less if it has no setup_context.
 * Else the op, without autograd.
 """
 
+import sys
 from typing import Optional
 
 import torch
@@ -19,31 +20,43 @@ from .operations import Forward, Operation, function_of
 def call(operation: Operation, *args):
     """The result of ``operation``, with whatever gradients and transforms the caller wants."""
     if torch.compiler.is_compiling():
-        if private.transforms_active():
-            from .compiled import transformed
+        from . import compiled
 
-            return transformed(operation.name, *args)
-        return operation.native(*args)
+        if private.transforms_active():
+            return compiled.transformed(operation.name, *args)
+        return operation.op(*args)
     try:
-        return _call_eagerly(operation, args)
+        return call_eagerly(operation, args)
     except RuntimeError as error:
+        if _has_unknown_tensors(args):
+            from . import sharding  # noqa: F401
+
+            return call_eagerly(operation, args)
         clearer = _name_the_argument(operation, args)
         if clearer is None:
             raise
         raise clearer from error
 
 
-def _call_eagerly(operation, args):
+def call_eagerly(operation, args):
     if private.transforms_active() or private.dual_levels._current_level >= 0:
         return Transformed.apply(operation, *args)
     if torch.is_grad_enabled():
         for position in operation.differentiable:
             if getattr(args[position], "requires_grad", False):
                 if torch.jit.is_tracing():  # a trace holds ops, no Python
-                    return operation.native(*args)
+                    return operation.op(*args)
                 return Recorded.apply(operation, *args)
     with private.below_autograd():
-        return operation.native(*args)
+        return operation.op(*args)
+
+
+def _has_unknown_tensors(args) -> bool:
+    """Whether there are DTensors, and sharding.py, which has the rules for them, is not loaded."""
+    dtensors = sys.modules.get("torch.distributed.tensor")
+    if dtensors is None or f"{__package__}.sharding" in sys.modules:
+        return False
+    return any(isinstance(arg, dtensors.DTensor) for arg in args)
 
 
 def _name_the_argument(operation, args) -> Optional[RuntimeError]:
@@ -75,7 +88,7 @@ def save(ctx, operation, args):
 
 
 def gradients(ctx, needs_input_grad, grad_outputs):
-    """The gradients of a call, each a tensor or None, for as many arguments as it has flags.
+    """The gradient of each argument of a call, or None.
 
     Args:
         ctx: what ``save`` has seen.
@@ -83,19 +96,27 @@ def gradients(ctx, needs_input_grad, grad_outputs):
         grad_outputs: one for each result.
     """
     operation, options = ctx.call
-    needs = tuple([needs_input_grad[position] for position in operation.differentiable])
+    grads = [None] * len(needs_input_grad)
     if isinstance(operation, Forward):
-        args = (*ctx.saved_tensors, *grad_outputs, *options, needs)
-        found = iter(_call_eagerly(operation.backward, args))
+        backward = operation.backward
+        needs = tuple([needs_input_grad[position] for position in operation.differentiable])
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        args = (
+            *ctx.saved_tensors,
+            *grad_outputs,
+            *options,
+            *backward.request(needs),
+            deterministic,
+        )
+        found = zip(operation.differentiable, call_eagerly(backward, args))
     else:
         args = (*ctx.saved_tensors, *options)
         positions = [i for i in operation.differentiable if needs_input_grad[i]]
         function, inputs = function_of(operation.eager, args, positions)
-        found = iter(torch.func.vjp(function, *inputs)[1](tuple(grad_outputs)))
-    grads = [None] * len(needs_input_grad)
-    for position, needed in zip(operation.differentiable, needs):
-        if needed:
-            grads[position] = next(found)
+        found = zip(positions, torch.func.vjp(function, *inputs)[1](tuple(grad_outputs)))
+    for position, grad in found:
+        if needs_input_grad[position]:
+            grads[position] = grad
     return grads
 
 
@@ -106,7 +127,7 @@ class Recorded(torch.autograd.Function):
     def forward(ctx, operation, *args):
         save(ctx, operation, args)
         with private.below_autograd():
-            return operation.native(*args)
+            return operation.op(*args)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -121,7 +142,8 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(operation, *args):
-        return operation.native(*args)
+        with private.below_autograd():
+            return operation.op(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

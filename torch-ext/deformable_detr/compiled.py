@@ -1,6 +1,6 @@
-"""What torch.compile finds in a call under a transform of torch.func.
+"""What torch.compile needs of this package, and what only it needs.
 
-Imported when the first such call is compiled: it imports torch._dynamo, which takes a second.
+Imported when the first call is compiled: importing torch._dynamo takes a second.
 """
 
 import torch
@@ -8,8 +8,11 @@ import torch
 from .autograd import Transformed
 from .operations import OPERATIONS
 
+if torch.distributed.is_available():
+    from . import sharding  # noqa: F401
+
 
 @torch.compiler.allow_in_graph
 def transformed(name, *args):
-    """``Transformed``, which TorchDynamo cannot trace as it has a ``jvp``, but AOTAutograd can."""
+    """``Transformed``, which AOTAutograd can trace. TorchDynamo cannot, as it has a ``jvp``."""
     return Transformed.apply(OPERATIONS[name], *args)

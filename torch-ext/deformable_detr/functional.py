@@ -22,10 +22,16 @@ def ms_deform_attn(
 ) -> torch.Tensor:
     """Multi-scale deformable attention (Zhu et al., Deformable DETR, arXiv:2010.04159, eq. 3).
 
-    For every query and head, samples each level's map at that level's points and adds the samples
-    up, each times its attention weight. Differentiable in ``value``, ``sampling_locations`` and
-    ``attention_weights``; works under ``torch.compile``. Under ``torch.autocast``, ``value`` is
-    cast to the autocast dtype; locations and weights stay as they are.
+    For every query and head, samples each level's map at that level's points and adds up the
+    samples, each multiplied by its attention weight. Differentiable in ``value``,
+    ``sampling_locations`` and ``attention_weights``, to any order, under ``torch.compile`` and
+    under every transform of ``torch.func``. First derivatives in reverse mode are kernels; all
+    others go through the eager definition, ``reference``, and take its time. Under
+    ``torch.autocast``, ``value`` is cast to the autocast dtype; locations and weights keep theirs.
+
+    ``torch.utils.flop_counter`` counts 8 * batch * queries * heads * points * channels operations
+    (points: of all levels together; nearest sampling: 2 in place of 8), and for the gradients
+    twice as many. Of a DTensor the batch and the heads may be sharded.
 
     Args:
         value: (batch, sum(h*w), heads, channels), float32, float16, bfloat16 or float64; the
@@ -42,19 +48,19 @@ def ms_deform_attn(
         points_per_level: the number of points of each level, where levels differ (D-FINE,
             arXiv:2410.13842: [3, 6, 3]). The locations are then (batch, queries, heads,
             sum(points_per_level), 2), level after level, and the weights (batch, queries, heads,
-            sum(points_per_level)). Numbers that differ go with up to 32 levels.
+            sum(points_per_level)). If the numbers differ, there may be up to 32 levels.
         method: "bilinear", or "nearest" (RT-DETRv2, arXiv:2407.17140, its "discrete" sampling):
-            the pixel (floor(x * width + 0.5), floor(y * height + 0.5)), moved into the map, in the
-            place of four; the locations' gradient is then zero.
+            only the pixel (floor(x * width + 0.5), floor(y * height + 0.5)), moved into the map,
+            is sampled, and the gradient of the locations is zero.
 
     Returns:
         (batch, queries, heads * channels) in ``value``'s dtype. Sums are float32 for half types.
 
     Raises:
-        RuntimeError: an argument is no tensor, or its shape, dtype or device does not fit, the
-            level metadata (if it is on the CPU) does not describe ``value``, or
-            ``points_per_level`` not the locations; the message names the argument, as it does for
-            the next.
+        RuntimeError: an argument is not a tensor, or its shape, dtype or device does not fit; the
+            level metadata (if it is on the CPU) does not describe ``value``;
+            ``points_per_level`` does not describe the locations; or a DTensor is sharded in
+            another way. This message and the next name the argument.
         NotImplementedError: a tensor is sparse, nested or quantized.
         ValueError: ``method`` is unknown.
     """
@@ -84,17 +90,18 @@ def fused_ms_deform_attn(
 ) -> torch.Tensor:
     """``ms_deform_attn`` with the softmax and the location arithmetic inside.
 
-    Takes what the two linear layers of a deformable attention module give (Deformable DETR,
+    Takes what the two linear layers of a deformable attention module return (Deformable DETR,
     arXiv:2010.04159; RT-DETR; D-FINE), so that neither locations nor weights are ever stored.
     Differentiable in ``value``, ``reference_points``, ``sampling_offsets`` and
-    ``attention_logits``. Compilation and autocast: as for ``ms_deform_attn``.
+    ``attention_logits``. Derivatives, compilation, autocast, DTensors and counted operations are
+    as for ``ms_deform_attn``; the softmax and the location arithmetic are not counted.
 
     Args:
         value, spatial_shapes, level_start_index: as for ``ms_deform_attn``.
         reference_points: (batch, queries, levels, 2) as (x, y), a fraction of the image: location
             = (x, y) + offset / (width, height) of the level, so that offsets are in pixels. Or
             (batch, queries, levels, 4) as (x, y, w, h): location = (x, y) + offset / points of
-            the level * (w, h) * ``offset_scale``. One level in the place of all is for each.
+            the level * (w, h) * ``offset_scale``. A single level stands for all levels.
             ``value``'s dtype or float32 beside a half ``value``, as offsets and logits.
         sampling_offsets: (batch, queries, heads, levels, points, 2) as (x, y).
         attention_logits: (batch, queries, heads, levels, points). The attention weights are their
@@ -108,7 +115,7 @@ def fused_ms_deform_attn(
         (batch, queries, heads * channels) in ``value``'s dtype.
 
     Raises:
-        RuntimeError, NotImplementedError, ValueError: as for ``ms_deform_attn``, or
+        RuntimeError, NotImplementedError, ValueError: as for ``ms_deform_attn``; also if
             ``reference_points`` have neither 2 nor 4 coordinates.
     """
     return call(
@@ -132,7 +139,7 @@ def _is_nearest(method: str) -> bool:
 
 
 def _autocast(value: torch.Tensor) -> torch.Tensor:
-    """value in the dtype that autocast gives the inputs of a matrix product."""
+    """``value``, cast to the autocast dtype where autocast is on."""
     if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
         return value
     if not isinstance(value, torch.Tensor) or value.dtype == torch.float64:
@@ -194,6 +201,6 @@ def ms_deform_attn_backward(
             grad_output,
             None,
             False,
-            (True, True, True),
+            torch.are_deterministic_algorithms_enabled(),
         )
     )

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .functional import ms_deform_attn
+from .native import ops
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -28,6 +29,14 @@ class MultiScaleDeformableAttention(nn.Module):
         attention_weights: torch.Tensor,
         im2col_step: int,
     ) -> torch.Tensor:
+        if torch.jit.is_scripting():  # of Python, TorchScript takes only what it can compile
+            return ops.ms_deform_attn_forward(
+                value,
+                value_spatial_shapes,
+                level_start_index,
+                sampling_locations,
+                attention_weights,
+            )
         return ms_deform_attn(
             value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights
         )

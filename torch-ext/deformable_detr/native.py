@@ -1,4 +1,4 @@
-"""The native ops, in the namespace of this build, whose library is loaded once."""
+"""The native ops, in the namespace of this build. Loads the library once per process."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,11 @@ import torch
 
 
 def _use_loaded_ops():
-    """If the process has this build's ops, has ``_ops`` use them in place of another library.
+    """If the process already has the ops of this build, makes ``_ops`` take those.
 
-    That happens where this package is imported anew, from a copy of its folder. A library's name
-    holds the digest of its sources, so the ops are the same. To load it would end the process:
-    torch's StableLibrary does not notice that its namespace is taken.
+    A package that is imported a second time, for example from a copy of its folder, must not load
+    its library again: torch's StableLibrary does not notice that the namespace is taken, and ends
+    the process. The library's name holds a digest of its sources, so the ops are the same.
     """
     for path in Path(__file__).parent.glob("*.abi3.so"):
         name = path.name.removesuffix(".abi3.so")

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch.autograd import forward_ad
 
-# A context in which an op skips the autograd formula that registrations.py gives it. Without the
-# context the formula runs and, as no gradient is to be recorded there, does nothing.
+# A context in which a call of an op skips what registrations.py tells autograd of it.
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 # Whether a transform of torch.func (grad, jvp, vmap, ...) is active.

@@ -1,7 +1,8 @@
 """The eager definition of multi-scale deformable attention: the specification.
 
-Tests compare the kernels with these functions in float64; benchmarks time them. They favour being
-obviously right over being fast, and run on any device and under autograd.
+Tests compare the kernels with these functions in float64; benchmarks time them; derivatives for
+which there is no kernel are derivatives of these functions. They are meant to be obviously right
+rather than fast. They run on any device, and autograd, torch.func and compilers can trace them.
 """
 
 from typing import List, Optional
@@ -21,9 +22,9 @@ def ms_deform_attn(
 ) -> torch.Tensor:
     """Multi-scale deformable attention (Zhu et al., Deformable DETR, arXiv:2010.04159, eq. 3).
 
-    For every query and head, samples each level's map at that level's points and adds the samples
-    up, each times its attention weight. Everything after the inputs is computed in float64 for
-    float64 inputs and in float32 otherwise.
+    For every query and head, samples each level's map at that level's points and adds up the
+    samples, each multiplied by its attention weight. All arithmetic is in float64 if ``value`` is
+    float64, else in float32.
 
     Args:
         value: (batch, sum(h*w), heads, channels); the levels' maps, flattened row by row, one
@@ -78,8 +79,8 @@ def fused_ms_deform_attn(
         sampling_offsets: (batch, queries, heads, levels, points, 2).
         attention_logits: (batch, queries, heads, levels, points); the attention weights are their
             softmax over all points of a (batch, query, head).
-        The others: as for ``ms_deform_attn``, with what it says of the locations and weights true
-            of the offsets and logits.
+        The others: as for ``ms_deform_attn``; offsets take the place of locations, and logits that
+            of weights.
 
     Returns:
         (batch, queries, heads * channels) in ``value``'s dtype.
@@ -120,31 +121,31 @@ def _sample(value, spatial_shapes, level_start_index, pixels, weights, method):
         height, width = shape
         finite = pixel.isfinite().all(-1)
         x, y = torch.where(finite[..., None], pixel, 0).unbind(-1)
-        for row, column, share in _corners(x, y, height, width, method):
-            # (batch, heads, queries, points) each.
+        for row, column, corner_weight in _corners(x, y, height, width, method):
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & finite
             index = torch.where(inside, row * width + column, 0).long() + start
-            share = torch.where(inside, weight * share, 0)
-            inside, index, share = (t.transpose(1, 2) for t in (inside, index, share))
+            factor = torch.where(inside, weight * corner_weight, 0)
+            # From (batch, queries, heads, points) each to (batch, heads, queries, points).
+            inside, index, factor = (t.transpose(1, 2) for t in (inside, index, factor))
             corner = torch.gather(
                 table, 2, index.flatten(2)[..., None].expand(-1, -1, -1, channels)
             ).view(*index.shape, channels)
-            # A corner that does not count is replaced, not multiplied by zero: 0 * inf is NaN.
+            # A corner outside the map is replaced, not multiplied by zero: 0 * inf is NaN.
             corner = torch.where(inside[..., None], corner, 0)
-            output = output + (share[..., None] * corner).sum(3)
+            output = output + (factor[..., None] * corner).sum(3)
 
     return output.transpose(1, 2).flatten(2).to(value.dtype)
 
 
 def _corners(x, y, height, width, method):
-    """The pixels that a sample at pixel (x, y) takes, with their shares: (row, column, share)."""
+    """The pixels that contribute to a sample at pixel (x, y): (row, column, corner weight)."""
     left, top = x.floor(), y.floor()
     if method == "nearest":
         # floor(location * size + 0.5), moved into the map.
-        row, column = ((top + 1).clamp(min=0), (left + 1).clamp(min=0))
+        row, column = (top + 1).clamp(min=0), (left + 1).clamp(min=0)
         yield row.minimum(height - 1), column.minimum(width - 1), torch.ones_like(x)
         return
-    right_share, bottom_share = x - left, y - top
-    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
-        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
-            yield row, column, row_share * column_share
+    right_weight, bottom_weight = x - left, y - top
+    for row, row_weight in ((top, 1 - bottom_weight), (top + 1, bottom_weight)):
+        for column, column_weight in ((left, 1 - right_weight), (left + 1, right_weight)):
+            yield row, column, row_weight * column_weight

@@ -1,68 +1,130 @@
-"""What PyTorch must know of the native ops: the shapes of their results, autograd, and vmap."""
+"""What PyTorch must know of the native ops: their results' shapes, autograd, vmap, and FLOPs."""
+
+import contextlib
+import math
 
 import torch
+from torch.utils import flop_counter
 
-from .autograd import gradients, over_problems, save
+from . import private
+from .autograd import call_eagerly, gradients, over_problems, save
 from .operations import FUSED, PLAIN
 
-
-def _on_one_device(operation, args):
-    """One tensor on "meta" is enough to come here, with the others on a device that the caller
-    expects a result on."""
-    value, *others = operation.split(args)[0]
-    for name, tensor in zip(operation.tensors[1:], others):
-        if tensor.device != value.device:
-            raise RuntimeError(
-                f"{name} is on {tensor.device}, expected {value.device}, the device of value"
-            )
+# ------------------------------------------------------------------------------------------ fakes
 
 
-def _register_forward(operation):
-    @torch.library.register_fake(operation.name)
+def _register_fake(operation, results):
+    """results: of the tensors and the options of a call."""
+
     def fake(*args):
-        _on_one_device(operation, args)
-        value, weights = args[0], args[len(operation.tensors) - 1]
-        batch, _, heads, channels = value.shape
-        return value.new_empty(batch, weights.shape[1], heads * channels)
+        tensors, options = operation.split(args)
+        value = tensors[0]
+        # One tensor on "meta" is enough to come here, with the others on a device that the caller
+        # expects a result on.
+        for name, tensor in zip(operation.tensors, tensors):
+            if tensor.device != value.device:
+                raise RuntimeError(
+                    f"{name} is on {tensor.device}, expected {value.device}, the device of value"
+                )
+        return results(operation, tensors, options)
+
+    torch.library.register_fake(operation.name, fake)
 
 
-def _register_backward(operation):
-    @torch.library.register_fake(operation.name)
-    def fake(*args):
-        _on_one_device(operation, args)
-        needs = operation.needs_of_op(args)
-        tensors = [args[position] for position in operation.forward.differentiable]
-        return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(tensors, needs))
+def _output(operation, tensors, options):
+    value, weights = tensors[0], tensors[operation.weights]
+    batch, _, heads, channels = value.shape
+    return value.new_empty(batch, weights.shape[1], heads * channels)
 
 
-def _register_derivatives(operation, is_backward):
-    """Autograd's and vmap's rules, for calls of the op that do not come from ``autograd.call``:
-    those of compiled and of exported programs."""
+def _gradients(operation, tensors, options):
+    asked = operation.requested(options)
+    inputs = [tensors[position] for position in operation.forward.differentiable]
+    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, asked))
 
+
+# ------------------------------------------------------------------------------- autograd and vmap
+
+
+def _register_autograd(operation):
+    """For calls of the op that did not come from ``autograd.call``: those of compiled, exported and
+    scripted programs."""
+    if private.below_autograd is contextlib.nullcontext:
+        _register_autograd_publicly(operation)
+        return
+
+    def kernel(*args):
+        tensors, options = operation.split(args)
+        try:
+            return call_eagerly(operation, (*tensors, *options))
+        except NotImplementedError as error:
+            if private.transforms_active():
+                raise NotImplementedError(
+                    f"{operation.name} is called under a transform of torch.func, expected a call "
+                    "of this kernel's function, which supports them"
+                ) from error
+            raise
+
+    namespace, name = operation.name.split("::")
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.impl(name, kernel, "Autograd")
+    _LIBRARIES.append(library)
+
+
+# What a library has registered is withdrawn when it is no longer referenced.
+_LIBRARIES = []
+
+
+def _register_autograd_publicly(operation):
     def setup_context(ctx, inputs, output):
-        if is_backward:
-            forward_options = len(inputs) - 1 - operation.is_fused
-            inputs = (*inputs[:forward_options], operation.needs_of_op(inputs))
         save(ctx, operation, inputs)
 
     def backward(ctx, *grad_outputs):
-        if is_backward:
-            grad_outputs = operation.needed(grad_outputs, ctx.call[1][-1])
         return tuple(gradients(ctx, ctx.needs_input_grad, grad_outputs))
 
-    def vmap(info, in_dims, *args):
-        return over_problems(operation, call_op, info, in_dims, args)
-
     torch.library.register_autograd(operation.name, backward, setup_context=setup_context)
+
+
+def _register_vmap(operation):
+    def vmap(info, in_dims, *args):
+        return over_problems(operation, _call_op, info, in_dims, args)
+
     torch.library.register_vmap(operation.name, vmap)
 
 
-def call_op(operation, *args):
+def _call_op(operation, *args):
     return operation.op(*args)
 
 
+# ------------------------------------------------------------------------------------------- FLOPs
+
+
+def _register_flops(operation, per_corner):
+    """Tells FlopCounterMode of the op: ``per_corner`` operations for each channel of each corner of
+    each sample. A bilinear sample has four corners, a nearest one has one. What does not grow with
+    the number of channels (locations, corner weights, softmax) is not counted.
+    """
+
+    def flops(*shapes, out_shape=None):
+        (value, *_), (_, nearest, *_) = operation.split(shapes)
+        samples = math.prod(shapes[operation.weights])
+        return per_corner * (1 if nearest else 4) * samples * value[3]
+
+    if operation.op not in flop_counter.flop_registry:
+        flop_counter.register_flop_formula(operation.op)(flops)
+
+
+# ---------------------------------------------------------------------------------- registrations
+
 for _operator in (PLAIN, FUSED):
-    _register_forward(_operator)
-    _register_derivatives(_operator, is_backward=False)
-    _register_backward(_operator.backward)
-    _register_derivatives(_operator.backward, is_backward=True)
+    _register_fake(_operator, _output)
+    _register_fake(_operator.backward, _gradients)
+    # Forward: multiply a corner's value by its weight, and add the product to the output.
+    _register_flops(_operator, per_corner=2)
+    # Backward: multiply grad_output by the corner's weight and add it to grad_value; multiply the
+    # corner's value by grad_output and add it to the dot product that the gradients of weights and
+    # locations are made from.
+    _register_flops(_operator.backward, per_corner=4)
+    for _operation in (_operator, _operator.backward):
+        _register_autograd(_operation)
+        _register_vmap(_operation)
