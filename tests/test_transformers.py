@@ -72,17 +72,26 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+# How a model gets this kernel.
+ROUTES = ["kernelized", "fused", "unfused"]
+
+
+def routes_of(spec):
+    return ROUTES if spec.by == "layer" else ROUTES[1:]
+
+
 @contextmanager
-def on_this_kernel(kernel, spec, model, device, training, steps=1):
+def on_this_kernel(kernel, spec, model, device, training, route, steps=1):
     """The model on this kernel; each attention is checked to have sampled once a step."""
     with Calls() as calls:
-        if spec.by == "layer":
+        if route == "kernelized":
             kernelize(model, device, kernels.Mode.TRAINING if training else kernels.Mode.INFERENCE)
             yield
         else:
-            with kernel.integrations.use_in_transformers(model):
+            with kernel.integrations.use_in_transformers(model, fuse=route == "fused"):
                 yield
-    assert calls.plain == steps * spec.attentions
+    expected = steps * spec.attentions
+    assert (calls.fused, calls.plain) == ((expected, 0) if route == "fused" else (0, expected))
 
 
 @contextmanager
@@ -103,9 +112,14 @@ def test_model(kernel, device, spec, training):
     transformers = transformers_that_uses_kernels()
     with default_dtype(torch.float64):
         eager = run(spec, build(spec, transformers, device), device, training)
-        model = build(spec, transformers, device).train(training)
-        with on_this_kernel(kernel, spec, model, device, training):
-            ours = run(spec, model, device, training)
+        for route in routes_of(spec):
+            model = build(spec, transformers, device).train(training)
+            with on_this_kernel(kernel, spec, model, device, training, route):
+                ours = run(spec, model, device, training)
+            check_equal(route, spec, eager, ours, training)
+
+
+def check_equal(route, spec, eager, ours, training):
     if training:
         learned = "sampling_offsets" if "discrete" not in spec.name else "attention_weights"
         assert any(learned in name and grad.any() for name, grad in ours.items())
@@ -115,22 +129,25 @@ def test_model(kernel, device, spec, training):
         expected = eager.get(name, torch.zeros_like(ours[name]))
         error = (ours[name] - expected).norm()
         limit = 1e-5 * total if name.startswith("gradient") else 1e-7 * expected.norm()
-        assert error <= limit, f"{name} is off by {error:.1e}, limit {limit:.1e}"
+        assert error <= limit, f"{route}: {name} is off by {error:.1e}, limit {limit:.1e}"
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", ["deformable_detr", "mask2former"])
-def test_training_under_autocast(kernel, device, name, dtype):
+def test_training_under_autocast(kernel, device, name, route, dtype):
     """Six steps with a gradient scaler: the loss follows that of float32."""
     transformers = transformers_that_uses_kernels()
     spec = next(spec for spec in MODELS if spec.name == name)
+    if route not in routes_of(spec):
+        pytest.skip(f"kernelize does not see the function in which {name} samples")
 
     def train(enabled):
         model = build(spec, transformers, device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         scaler = torch.amp.GradScaler(device, enabled=enabled, init_scale=2.0**10)
         losses = []
-        with on_this_kernel(kernel, spec, model, device, training=True, steps=6):
+        with on_this_kernel(kernel, spec, model, device, True, route, steps=6):
             for _ in range(6):
                 torch.manual_seed(2)
                 with torch.autocast(device, dtype, enabled=enabled):
@@ -159,8 +176,8 @@ def small_model(name):
 def runs_on_this_kernel(spec, model):
     with Calls() as calls:
         run(spec, model, "cpu", training=False)
-    assert calls.plain in (0, spec.attentions)
-    return calls.plain > 0
+    assert (calls.fused, calls.plain) in ((0, 0), (spec.attentions, 0), (0, spec.attentions))
+    return calls.fused + calls.plain > 0
 
 
 @pytest.mark.parametrize("name", ["d_fine", "mask2former", "rt_detr"])

@@ -1,0 +1,244 @@
+"""The attention modules of transformers on the fused operator.
+
+transformers computes the softmax and the sampling locations before it samples: some ten small
+kernels and two large tensors a call. Here an attention's forward gives the fused operator what its
+linear layers return. transformers has fifteen such classes, in four families that differ in the
+names of their options and in what a mask means.
+"""
+
+import functools
+import inspect
+from collections import namedtuple
+from typing import FrozenSet, NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from ..functional import fused_ms_deform_attn
+from ..levels import level_tensors
+
+
+class Family(NamedTuple):
+    """What the attention classes of a family have in common.
+
+    Options are given by the name of the module's attribute that holds them, None where a family
+    lacks one.
+    """
+
+    parameters: FrozenSet[str]  # of forward, besides self, all that may be given to it
+    points_per_level: Optional[str] = None  # offsets have the points of all levels in a row
+    method: Optional[str] = None
+    offset_scale: Optional[str] = None
+    projects: bool = True  # has value_proj and output_proj
+    mask_marks_padding: bool = False  # else attention_mask marks what to keep
+
+    @property
+    def attributes(self):
+        options = (self.points_per_level, self.method, self.offset_scale)
+        projections = ("value_proj", "output_proj") if self.projects else ()
+        own = ("n_heads", "n_levels", "n_points", "sampling_offsets", "attention_weights")
+        return {*own, *projections, *(name for name in options if name is not None)}
+
+
+_PARAMETERS = frozenset(
+    (
+        "hidden_states",
+        "attention_mask",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "position_embeddings",
+        "reference_points",
+        "spatial_shapes",
+        "spatial_shapes_list",
+        "level_start_index",
+    )
+)
+_DETR = Family(_PARAMETERS)
+_RT_DETR_V2 = Family(
+    _PARAMETERS, points_per_level="n_points_list", method="method", offset_scale="offset_scale"
+)
+_D_FINE = Family(
+    _PARAMETERS - {"encoder_attention_mask", "position_embeddings", "level_start_index"},
+    points_per_level="num_points_list",
+    method="decoder_method",
+    offset_scale="offset_scale",
+    projects=False,
+)
+_MASK_FORMER = Family(_PARAMETERS - {"spatial_shapes"}, mask_marks_padding=True)
+_ONE_FORMER = _MASK_FORMER._replace(parameters=_PARAMETERS)
+
+# By the name of the class, of transformers 5.22.
+FAMILIES = {
+    "DeformableDetrMultiscaleDeformableAttention": _DETR,
+    "GroundingDinoMultiscaleDeformableAttention": _DETR,
+    "MMGroundingDinoMultiscaleDeformableAttention": _DETR,
+    "RTDetrMultiscaleDeformableAttention": _DETR,
+    "OmDetTurboMultiscaleDeformableAttention": _DETR,
+    "RfDetrMultiscaleDeformableAttention": _DETR,
+    "LwDetrMultiscaleDeformableAttention": _DETR,
+    "PPDocLayoutV2MultiscaleDeformableAttention": _DETR,
+    "PPDocLayoutV3MultiscaleDeformableAttention": _DETR,
+    "PPDocLayoutV4MultiscaleDeformableAttention": _DETR,
+    "RTDetrV2MultiscaleDeformableAttention": _RT_DETR_V2,
+    "DFineMultiscaleDeformableAttention": _D_FINE,
+    "Deimv2MultiscaleDeformableAttention": _D_FINE,
+    "Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention": _MASK_FORMER,
+    "OneFormerPixelDecoderEncoderMultiscaleDeformableAttention": _ONE_FORMER,
+}
+# Their layers hand the weights on to a caller who may be recording them, which the attention cannot
+# see: it is not told, and there is no hook. These compute their weights always: a softmax a call.
+_WEIGHTS_ALWAYS = {
+    "GroundingDinoMultiscaleDeformableAttention",
+    "MMGroundingDinoMultiscaleDeformableAttention",
+    "OmDetTurboMultiscaleDeformableAttention",
+}
+
+
+def difference(name: str, forward, module: nn.Module) -> Optional[str]:
+    """How a class of this name differs from the one of the releases known, if it does.
+
+    Args:
+        forward: the class's own.
+        module: an instance.
+    """
+    family = FAMILIES[name]
+    takes = set(inspect.signature(forward).parameters) - {"self", "kwargs", "output_attentions"}
+    if takes != family.parameters:
+        return (
+            f"its forward takes ({', '.join(sorted(takes))}), expected "
+            f"({', '.join(sorted(family.parameters))})"
+        )
+    missing = sorted(name for name in family.attributes if not hasattr(module, name))
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    if "forward" in vars(module):
+        return "an instance has a forward of its own, which hides that of the class"
+    return None
+
+
+def fused_forward(name: str, forward):
+    """What takes the place of forward in the class of this name."""
+    family, always = FAMILIES[name], name in _WEIGHTS_ALWAYS
+    parameters = list(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def fused(self, *args, **kwargs):
+        kwargs.update(zip(parameters, args))
+        output, logits = _attend(self, family, **kwargs)
+        # A compiler drops weights that nobody uses.
+        if always or kwargs.get("output_attentions") or torch.compiler.is_compiling():
+            return output, _weights(logits)
+        return _Attended.of(output, logits)
+
+    return fused
+
+
+def call(self, *args, **kwargs):
+    """What takes the place of nn.Module.__call__ in a class with fused_forward.
+
+    Between forward and here are the hooks, by which transformers records attention weights.
+    """
+    result = nn.Module.__call__(self, *args, **kwargs)
+    return result.as_looked_at() if type(result) is _Attended else result
+
+
+def _attend(
+    module,
+    family,
+    *,
+    hidden_states,
+    encoder_hidden_states,
+    reference_points,
+    attention_mask=None,
+    position_embeddings=None,
+    spatial_shapes=None,
+    spatial_shapes_list=None,
+    level_start_index=None,
+    **_,
+):
+    """The attention's output and its logits."""
+
+    def option(name, default):
+        return default if name is None else getattr(module, name)
+
+    batch, pixels, _ = encoder_hidden_states.shape
+    if spatial_shapes_list is not None:
+        expected = sum(height * width for height, width in spatial_shapes_list)
+        if expected != pixels:
+            raise ValueError(
+                f"encoder_hidden_states has {pixels} pixels, expected {expected}, which the levels "
+                f"{spatial_shapes_list} have"
+            )
+    queries = hidden_states if position_embeddings is None else hidden_states + position_embeddings
+    value = module.value_proj(encoder_hidden_states) if family.projects else encoder_hidden_states
+    if attention_mask is not None:
+        padding = attention_mask if family.mask_marks_padding else ~attention_mask
+        value = value.masked_fill(padding[..., None], 0.0)
+
+    points_per_level = option(family.points_per_level, None)
+    if points_per_level is None:
+        points = module.n_levels, module.n_points
+    else:
+        points = (sum(points_per_level),)
+    offsets = module.sampling_offsets(queries).unflatten(-1, (module.n_heads, *points, 2))
+    logits = module.attention_weights(queries).unflatten(-1, (module.n_heads, *points))
+
+    if spatial_shapes is None or level_start_index is None:
+        sizes = spatial_shapes if spatial_shapes_list is None else spatial_shapes_list
+        spatial_shapes, level_start_index = level_tensors(sizes, value.device)
+    if reference_points.shape[0] != batch:
+        reference_points = reference_points.expand(batch, -1, -1, -1)
+    method = option(family.method, "default")
+    output = fused_ms_deform_attn(
+        value.unflatten(-1, (module.n_heads, -1)),
+        spatial_shapes,
+        level_start_index,
+        reference_points,
+        offsets,
+        logits,
+        points_per_level=points_per_level,
+        method={"default": "bilinear", "discrete": "nearest"}.get(method, method),
+        offset_scale=option(family.offset_scale, 0.5),
+    )
+    return (module.output_proj(output) if family.projects else output), logits
+
+
+def _weights(logits):
+    """The softmax over all points of a (batch, query, head)."""
+    return logits.flatten(3).softmax(-1).view_as(logits)
+
+
+class _Attended(namedtuple("_Attended", ("output", "attention_weights"))):
+    """(output, attention weights), whose weights are computed if they are looked at.
+
+    An attention is not told whether someone records its weights. A forward hook sees this pair
+    and takes weights from it, or it does not; ``as_looked_at`` then has None for weights that no
+    hook has looked at. Looks like a pair, also to pytree, which takes a named tuple apart.
+    """
+
+    _logits = _computed = None
+
+    @classmethod
+    def of(cls, output, logits):
+        pair = cls(output, None)
+        pair._logits = logits
+        return pair
+
+    def as_looked_at(self):
+        output, weights = super().__iter__()
+        return output, weights if self._computed is None else self._computed
+
+    def __getitem__(self, index):
+        if index == 0:
+            return super().__getitem__(0)
+        if self._logits is not None:
+            self._computed, self._logits = _weights(self._logits), None
+        return self.as_looked_at()[index]
+
+    def __iter__(self):
+        return iter(self[:])
+
+    def __add__(self, other):
+        return self[:] + other
+
+    attention_weights = property(lambda self: self[1])
