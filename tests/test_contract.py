@@ -47,6 +47,7 @@ def test_public_names(kernel):
         "fused_ms_deform_attn",
         "integrations",
         "layers",
+        "modules",
         "ms_deform_attn",
         "ms_deform_attn_backward",
         "ms_deform_attn_forward",

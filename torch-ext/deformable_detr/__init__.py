@@ -1,6 +1,6 @@
 """Multi-scale deformable attention: the sampling operator of Deformable DETR and its heirs."""
 
-from . import integrations, layers, reference
+from . import integrations, layers, modules, reference
 from .functional import (
     fused_ms_deform_attn,
     ms_deform_attn,
@@ -13,6 +13,7 @@ __all__ = [
     "fused_ms_deform_attn",
     "integrations",
     "layers",
+    "modules",
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "ms_deform_attn_forward",

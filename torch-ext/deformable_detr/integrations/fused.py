@@ -14,8 +14,8 @@ from typing import FrozenSet, NamedTuple, Optional
 import torch
 from torch import nn
 
-from ..functional import fused_ms_deform_attn
 from ..levels import level_tensors
+from ..modules import attend
 
 
 class Family(NamedTuple):
@@ -161,7 +161,7 @@ def _attend(
     def option(name, default):
         return default if name is None else getattr(module, name)
 
-    batch, pixels, _ = encoder_hidden_states.shape
+    pixels = encoder_hidden_states.shape[1]
     if spatial_shapes_list is not None:
         expected = sum(height * width for height, width in spatial_shapes_list)
         if expected != pixels:
@@ -169,38 +169,27 @@ def _attend(
                 f"encoder_hidden_states has {pixels} pixels, expected {expected}, which the levels "
                 f"{spatial_shapes_list} have"
             )
-    queries = hidden_states if position_embeddings is None else hidden_states + position_embeddings
-    value = module.value_proj(encoder_hidden_states) if family.projects else encoder_hidden_states
-    if attention_mask is not None:
-        padding = attention_mask if family.mask_marks_padding else ~attention_mask
-        value = value.masked_fill(padding[..., None], 0.0)
-
-    points_per_level = option(family.points_per_level, None)
-    if points_per_level is None:
-        points = module.n_levels, module.n_points
-    else:
-        points = (sum(points_per_level),)
-    offsets = module.sampling_offsets(queries).unflatten(-1, (module.n_heads, *points, 2))
-    logits = module.attention_weights(queries).unflatten(-1, (module.n_heads, *points))
-
     if spatial_shapes is None or level_start_index is None:
         sizes = spatial_shapes if spatial_shapes_list is None else spatial_shapes_list
-        spatial_shapes, level_start_index = level_tensors(sizes, value.device)
-    if reference_points.shape[0] != batch:
-        reference_points = reference_points.expand(batch, -1, -1, -1)
+        levels = level_tensors(sizes, hidden_states.device)
+    else:
+        levels = spatial_shapes, level_start_index
+    if attention_mask is not None and not family.mask_marks_padding:
+        attention_mask = ~attention_mask
+    if position_embeddings is not None:
+        hidden_states = hidden_states + position_embeddings
     method = option(family.method, "default")
-    output = fused_ms_deform_attn(
-        value.unflatten(-1, (module.n_heads, -1)),
-        spatial_shapes,
-        level_start_index,
+    return attend(
+        module,
+        hidden_states,
         reference_points,
-        offsets,
-        logits,
-        points_per_level=points_per_level,
-        method={"default": "bilinear", "discrete": "nearest"}.get(method, method),
-        offset_scale=option(family.offset_scale, 0.5),
+        encoder_hidden_states,
+        levels,
+        attention_mask,
+        option(family.points_per_level, None),
+        {"default": "bilinear", "discrete": "nearest"}.get(method, method),
+        option(family.offset_scale, 0.5),
     )
-    return (module.output_proj(output) if family.projects else output), logits
 
 
 def _weights(logits):
