@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import types
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 LAYER = "MultiScaleDeformableAttention"
 
 
-def test_layer_is_what_kernels_accepts(kernel):
-    layer = getattr(kernel.layers, LAYER)
+@pytest.mark.parametrize("name", [LAYER, f"{LAYER}List", f"{LAYER}V2"])
+def test_layer_is_what_kernels_accepts(kernel, name):
+    assert name in kernel.layers.__all__
+    layer = getattr(kernel.layers, name)
     assert layer.__init__ is nn.Module.__init__
     assert layer.has_backward is True and layer.can_torch_compile is True
     own = {name for name in vars(layer) if not name.startswith("__")}
@@ -52,9 +55,9 @@ def transformers_that_uses_kernels():
     return transformers
 
 
-def kernelize(model, device, mode):
-    repository = kernels.LocalLayerRepository(Path(KERNEL.__file__).parent.parent, layer_name=LAYER)
-    with kernels.use_kernel_mapping({LAYER: {device: repository}}, inherit_mapping=False):
+def kernelize(model, device, mode, layer=LAYER):
+    repository = kernels.LocalLayerRepository(Path(KERNEL.__file__).parent.parent, layer_name=layer)
+    with kernels.use_kernel_mapping({layer: {device: repository}}, inherit_mapping=False):
         kernels.kernelize(model, mode=mode, device=device)
 
 
@@ -163,6 +166,49 @@ def test_training_under_autocast(kernel, device, name, route, dtype):
     expected, losses = train(False), train(True)
     assert expected[-1] < 0.99 * expected[0], "it learns"
     assert ((losses - expected).abs() <= 0.05 * expected).all()
+
+
+def decorated(patch, file):
+    """The file's sampling function, decorated as transformers does with Mamba2's.
+
+    Two decorators a file: one makes a layer of the function, one shows it to kernelize.
+    """
+    from transformers.integrations import use_kernel_forward_from_hub, use_kernelized_func
+
+    names = {
+        "multi_scale_deformable_attention": f"{LAYER}List",
+        "multi_scale_deformable_attention_v2": f"{LAYER}V2",
+    }
+    name = next(name for name in names if hasattr(file, name))
+    original = getattr(file, name)
+    copied = types.FunctionType(original.__code__, vars(file), name, original.__defaults__)
+    layer = use_kernel_forward_from_hub(names[name])(copied)
+    patch.setattr(file, name, layer)
+    attention = next(
+        x for x in vars(file).values() if "MultiscaleDef" in getattr(x, "__name__", "")
+    )
+    patch.setattr(attention, "__init__", attention.__init__)
+    use_kernelized_func([layer])(attention)
+    return names[name]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "spec", [spec for spec in MODELS if spec.by == "function"], ids=lambda spec: spec.name
+)
+def test_kernelize_where_transformers_decorates_the_function(device, monkeypatch, spec, training):
+    transformers = transformers_that_uses_kernels()
+    with default_dtype(torch.float64):
+        model = build(spec, transformers, device)
+        eager = run(spec, model, device, training)
+        layer = decorated(monkeypatch, sys.modules[type(model).__module__])
+        model = build(spec, transformers, device).train(training)
+        mode = kernels.Mode.TRAINING if training else kernels.Mode.INFERENCE
+        kernelize(model, device, mode, layer)
+        with Calls() as calls:
+            ours = run(spec, model, device, training)
+    assert (calls.fused, calls.plain) == (0, spec.attentions)
+    check_equal("kernelized", spec, eager, ours, training)
 
 
 # ------------------------------------------------------------------------------------ integrations

@@ -1,4 +1,4 @@
-"""The layer that transformers replaces by this kernel."""
+"""The layers that kernels puts in the place of transformers' layers and functions."""
 
 from typing import List, Tuple
 
@@ -6,7 +6,11 @@ import torch
 from torch import nn
 
 from .functional import ms_deform_attn
+from .levels import ms_deform_attn_list
 from .native import ops
+
+# transformers' names for the methods.
+METHODS = {"default": "bilinear", "discrete": "nearest"}
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -42,4 +46,60 @@ class MultiScaleDeformableAttention(nn.Module):
         )
 
 
-__all__ = ["MultiScaleDeformableAttention"]
+class MultiScaleDeformableAttentionList(nn.Module):
+    """The same with the signature of ``multi_scale_deformable_attention``, and sizes as a list.
+
+    Stateless. Mask2Former and OneFormer of transformers sample in this function; see
+    ``ms_deform_attn_list``.
+    """
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(
+        self,
+        value: torch.Tensor,
+        value_spatial_shapes: List[Tuple[int, int]],
+        sampling_locations: torch.Tensor,
+        attention_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        return ms_deform_attn_list(
+            value, value_spatial_shapes, sampling_locations, attention_weights
+        )
+
+
+class MultiScaleDeformableAttentionV2(nn.Module):
+    """The same with the signature of ``multi_scale_deformable_attention_v2``.
+
+    Stateless. RT-DETRv2, D-FINE and DEIMv2 of transformers sample in this function, with the points
+    of all levels in one dimension; see ``ms_deform_attn_list``. ``method`` is "default" for
+    bilinear, "discrete" for nearest.
+    """
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(
+        self,
+        value: torch.Tensor,
+        value_spatial_shapes: List[Tuple[int, int]],
+        sampling_locations: torch.Tensor,
+        attention_weights: torch.Tensor,
+        num_points_list: List[int],
+        method: str = "default",
+    ) -> torch.Tensor:
+        return ms_deform_attn_list(
+            value,
+            value_spatial_shapes,
+            sampling_locations,
+            attention_weights,
+            points_per_level=num_points_list,
+            method=METHODS.get(method, method),
+        )
+
+
+__all__ = [
+    "MultiScaleDeformableAttention",
+    "MultiScaleDeformableAttentionList",
+    "MultiScaleDeformableAttentionV2",
+]

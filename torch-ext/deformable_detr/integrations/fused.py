@@ -14,6 +14,7 @@ from typing import FrozenSet, NamedTuple, Optional
 import torch
 from torch import nn
 
+from ..layers import METHODS
 from ..levels import level_tensors
 from ..modules import attend
 
@@ -187,7 +188,7 @@ def _attend(
         levels,
         attention_mask,
         option(family.points_per_level, None),
-        {"default": "bilinear", "discrete": "nearest"}.get(method, method),
+        METHODS.get(method, method),
         option(family.offset_scale, 0.5),
     )
 

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 
 import torch
 
-from ..layers import MultiScaleDeformableAttention
-from ..levels import ms_deform_attn_list
+from ..layers import (
+    MultiScaleDeformableAttention,
+    MultiScaleDeformableAttentionList,
+    MultiScaleDeformableAttentionV2,
+)
 from . import fused, patches
 
 
@@ -61,36 +64,10 @@ def use_in_transformers(model: torch.nn.Module, *, fuse: bool = True):
 _LAYER = MultiScaleDeformableAttention.__name__
 
 
-def _multi_scale_deformable_attention(
-    value, value_spatial_shapes, sampling_locations, attention_weights
-):
-    """Mask2Former's and OneFormer's: as many points in each level."""
-    return ms_deform_attn_list(value, value_spatial_shapes, sampling_locations, attention_weights)
-
-
-def _multi_scale_deformable_attention_v2(
-    value,
-    value_spatial_shapes,
-    sampling_locations,
-    attention_weights,
-    num_points_list,
-    method="default",
-):
-    """RT-DETRv2's, D-FINE's and DEIMv2's: all levels' points in one dimension."""
-    return ms_deform_attn_list(
-        value,
-        value_spatial_shapes,
-        sampling_locations,
-        attention_weights,
-        points_per_level=num_points_list,
-        method={"default": "bilinear", "discrete": "nearest"}.get(method, method),
-    )
-
-
 # By their names in the models' modules.
 _FUNCTIONS = {
-    "multi_scale_deformable_attention": _multi_scale_deformable_attention,
-    "multi_scale_deformable_attention_v2": _multi_scale_deformable_attention_v2,
+    "multi_scale_deformable_attention": MultiScaleDeformableAttentionList().forward,
+    "multi_scale_deformable_attention_v2": MultiScaleDeformableAttentionV2().forward,
 }
 # An attribute in which D-FINE's and DEIMv2's instances keep the function.
 _KEPT_AS = "ms_deformable_attn_core"
