@@ -6,6 +6,7 @@ import torch
 
 from . import registrations  # noqa: F401
 from .autograd import call
+from .names import OF_EXTENSIONS, also_named
 from .native import ops  # noqa: F401
 from .operations import FUSED, PLAIN
 
@@ -150,6 +151,7 @@ def _autocast(value: torch.Tensor) -> torch.Tensor:
     return value.to(torch.get_autocast_dtype(device))
 
 
+@also_named(**OF_EXTENSIONS)
 def ms_deform_attn_forward(
     value: torch.Tensor,
     spatial_shapes: torch.Tensor,
@@ -160,6 +162,9 @@ def ms_deform_attn_forward(
 ) -> torch.Tensor:
     """``ms_deform_attn`` under the name and with the arguments of Deformable DETR's extension.
 
+    Arguments may be given by mmcv's names, too: value_spatial_shapes, value_level_start_index,
+    sampling_locations and attention_weights.
+
     ``im2col_step`` is accepted for compatibility and ignored: there is no column buffer to split,
     so any batch size works.
     """
@@ -168,6 +173,7 @@ def ms_deform_attn_forward(
     )
 
 
+@also_named(**OF_EXTENSIONS)
 def ms_deform_attn_backward(
     value: torch.Tensor,
     spatial_shapes: torch.Tensor,

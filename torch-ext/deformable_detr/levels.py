@@ -38,14 +38,21 @@ def ms_deform_attn_list(
         (batch, queries, heads * channels) in ``value``'s dtype.
 
     Raises:
-        ValueError: ``spatial_shapes`` is a list with no level, or with an entry that is not
-            (height, width), or ``method`` is unknown.
+        ValueError: ``spatial_shapes`` is a list with no level, with an entry that is not (height,
+            width), or with other pixels than ``value`` has; or ``method`` is unknown.
         RuntimeError, NotImplementedError: as for ``ms_deform_attn``.
     """
     if not isinstance(value, torch.Tensor):
         value = torch.cat(list(value), -1 if channels_first else 1)
     if channels_first:
         value = value.permute(0, 3, 1, 2)
+    if not isinstance(spatial_shapes, torch.Tensor):
+        pixels = sum(height * width for height, width in _as_tuple(spatial_shapes))
+        if pixels != value.shape[1]:
+            raise ValueError(
+                f"value has {value.shape[1]} pixels, expected {pixels}, which the levels "
+                f"{list(spatial_shapes)} have"
+            )
     if sampling_locations.dim() == 6 and attention_weights.dim() == 4:
         attention_weights = attention_weights.unflatten(-1, sampling_locations.shape[3:5])
     return ms_deform_attn(

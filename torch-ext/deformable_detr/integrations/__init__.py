@@ -1,5 +1,7 @@
-"""This kernel inside models that know nothing of it."""
+"""This kernel inside models and projects that know nothing of it."""
 
+from .extensions import replace_extensions
+from .functions import replace_function
 from .transformers import use_in_transformers
 
-__all__ = ["use_in_transformers"]
+__all__ = ["replace_extensions", "replace_function", "use_in_transformers"]

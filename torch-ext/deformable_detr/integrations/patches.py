@@ -1,35 +1,47 @@
-"""Attributes of classes and names of modules that are replaced while a context is entered."""
+"""Attributes of classes, and names of modules, that are replaced for a time."""
 
 import threading
-from contextlib import contextmanager
 
 _ABSENT = object()
 _lock = threading.Lock()
 _places = {}  # by (id of the owner, name)
 
 
-@contextmanager
-def replaced(replacements):
-    """Replaces attributes while the context is entered.
+class Replacement:
+    """Attributes that are replaced, from the moment it is made until ``undo``.
 
-    Contexts may overlap and end in any order, in one thread or several: an attribute has the
-    replacement of the context that was entered last among those still entered, and its original
-    once all have ended.
+    A context manager, too, which undoes them when the context is left. Replacements may overlap and
+    end in any order, in one thread or several: an attribute has the replacement made last among
+    those not undone, and its original once all are.
 
     Args:
         replacements: (owner, name, replacement) triples; the owner is a class, a module, or a
             module's namespace, a dict.
+        names: what is replaced, in words for the user.
     """
-    entries = []
-    try:
+
+    def __init__(self, replacements, names=()):
+        self.names = list(names)
+        self._entries = []
         with _lock:
             for owner, name, replacement in replacements:
-                entries.append(_Entry(owner, name, replacement))
-        yield
-    finally:
+                self._entries.append(_Entry(owner, name, replacement))
+
+    def undo(self):
+        """Puts back what was there; a second call does nothing."""
         with _lock:
-            for entry in reversed(entries):
-                entry.end()
+            while self._entries:
+                self._entries.pop().end()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.undo()
+
+    def __repr__(self):
+        state = "replaced" if self._entries else "undone"
+        return f"<{', '.join(self.names)} {state} by deformable-detr>"
 
 
 def original(owner, name, default=None):
@@ -41,7 +53,7 @@ def original(owner, name, default=None):
 
 
 class _Entry:
-    """One context's replacement of one attribute."""
+    """One replacement of one attribute."""
 
     def __init__(self, owner, name, replacement):
         self.replacement = replacement
@@ -55,7 +67,7 @@ class _Entry:
 
 
 class _Place:
-    """An attribute, what it was, and the entries that replace it, the last one entered last."""
+    """An attribute, what it was, and the entries that replace it, the last one made last."""
 
     def __init__(self, owner, name):
         self.owner, self.name = owner, name  # the reference keeps the owner's id its own

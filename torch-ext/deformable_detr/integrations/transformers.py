@@ -57,7 +57,7 @@ def use_in_transformers(model: torch.nn.Module, *, fuse: bool = True):
             f"{_LAYER} or in a function {' or '.join(_FUNCTIONS)}; known are "
             f"{', '.join(sorted(fused.FAMILIES))}"
         )
-    with patches.replaced(replacements):
+    with patches.Replacement(replacements):
         yield model
 
 
