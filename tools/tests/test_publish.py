@@ -85,7 +85,7 @@ def test_everything_arrives(hub: Hub, release: builder.Kernel) -> None:
     assert f'get_kernel("{REPO_ID}", version=1)' in card
     for line in ("## Functions and modules", "- `ms_deform_attn`", "## Layers"):
         assert f"\n{line}\n" in card
-    assert "\n\n\n" not in card and "\n- `MultiScaleDeformableAttention`\n\n## " in card
+    assert "\n\n\n" not in card and "\n- `MultiScaleDeformableAttentionV2`\n\n## " in card
     assert "{{" not in card and "{%" not in card and "license: apache-2.0" in card
 
 
