@@ -99,6 +99,56 @@ print(call(copy), call(first))
     assert python(script) == ["right"] * 2
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
+@pytest.mark.parametrize("changed", ["library", "module"])
+def test_another_build_of_the_same_id(cpu_variant, tmp_path, changed, forgotten):
+    """As two builds of uncommitted changes by kernel-builder. Python gives the second package the
+    modules of the first, unless they are forgotten: then only the library is the first's."""
+    shutil.copytree(BUILD, tmp_path / "build")
+    (other,) = (tmp_path / "build").glob("*-cpu-*")
+    if changed == "library":
+        (file,) = other.glob("*.abi3.so")
+    else:
+        file = other / "layers.py"
+    with open(file, "ab") as content:
+        content.write(b"\n")
+    script = f"""
+from pathlib import Path
+first = load()
+if {forgotten}:
+    for module in [name for name in sys.modules if name.startswith(first.__name__)]:
+        del sys.modules[module]
+try:
+    other = kernels.get_local_kernel(Path({str(tmp_path)!r}), backend="cpu")
+except ImportError as error:
+    assert "has another build than" in str(error), error
+    print("refused", call(first))
+else:
+    print(call(other), call(first))
+"""
+    expected = ["right"] if (changed, forgotten) == ("module", True) else ["refused"]
+    assert python(script) == [*expected, "right"]
+
+
+def test_a_build_of_uncommitted_changes_is_told(cpu_variant, tmp_path):
+    """By its id, as kernel-builder writes it. (The ops have another, so it does not load.)"""
+    shutil.copytree(BUILD, tmp_path / "build")
+    (variant,) = (tmp_path / "build").glob("*-cpu-*")
+    (library,) = variant.glob("*.abi3.so")
+    library.rename(variant / f"{library.name.split('.')[0]}_dirty.abi3.so")
+    script = f"""
+import warnings
+from pathlib import Path
+with warnings.catch_warnings(record=True) as caught:
+    try:
+        kernels.get_local_kernel(Path({str(tmp_path)!r}), backend="cpu")
+    except ImportError:
+        pass
+print(*(str(warning.message).split(": ")[-1] for warning in caught), sep="")
+"""
+    assert python(script) == "other builds may have its id".split()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("before", [False, True], ids=["loaded_after", "loaded_before"])
 def test_in_a_fork(cpu_variant, before):

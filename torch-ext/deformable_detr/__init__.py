@@ -1,6 +1,8 @@
 """Multi-scale deformable attention: the sampling operator of Deformable DETR and its heirs."""
 
-from . import integrations, layers, modules, reference
+from pathlib import Path
+
+from . import integrations, layers, modules, native, reference
 from .functional import (
     fused_ms_deform_attn,
     ms_deform_attn,
@@ -8,6 +10,8 @@ from .functional import (
     ms_deform_attn_forward,
 )
 from .levels import ms_deform_attn_list
+
+native.check_build(Path(__file__).parent)
 
 __all__ = [
     "fused_ms_deform_attn",
