@@ -1,11 +1,12 @@
 """What a built library may ask of the systems it will be loaded on.
 
-    python tools/abi.py build/*    # says what is wrong with each variant
+    python tools/abi.py build/torch*    # says what is wrong with each variant
 
 Python's limited API of 3.9 and manylinux_2_28 are checked by kernel-abi-check. What that does not
 see is checked here: a symbol without a version has to be of Python or of torch's stable shims of
 the release that build.toml names (C++ symbols of torch or the C++ library are none of these), and
-libraries may only be torch's own, the CUDA runtime it brings, and those of manylinux.
+libraries may only be torch's own, the CUDA runtime it brings, and those of manylinux. What
+kernel-builder builds is held to the same.
 """
 
 import functools
@@ -22,6 +23,7 @@ except ModuleNotFoundError:  # run as a script
 MANYLINUX = "manylinux_2_28"
 PYTHON = "3.9"
 TORCH_LIBRARIES = {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
+CUDA_LIBRARIES = {"libtorch_cuda.so", "libc10_cuda.so"}  # torch's; kernel-builder links the first
 SYSTEM_LIBRARIES = r"lib(c|m|gcc_s|stdc\+\+|dl|pthread|rt)\.so\.\d+|ld-linux.*\.so\.\d+"
 
 # Weak symbols of every library: the compiler's start files name them, and none has to be there.
@@ -59,11 +61,14 @@ def undefined_symbols(library: Path) -> list[str]:
 
 
 def needed_libraries(library: Path) -> tuple[set[str], list[str]]:
-    """The libraries it loads, and the paths it would search for them."""
+    """The libraries it loads, and the paths it would search for them.
+
+    An empty path, which patchelf leaves of one that it removes, is ignored by the loader.
+    """
     dynamic = builder.output_of(["readelf", "--dynamic", "--wide", library])
     return (
         set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)),
-        re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic),
+        re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.+)\]", dynamic),
     )
 
 
@@ -89,7 +94,9 @@ def violations(library: Path, stable_abi: tuple[int, int], cuda: int | None) -> 
             found.append(f"{plain} has no version and is not of {expected}")
 
     libraries, paths = needed_libraries(library)
-    allowed = TORCH_LIBRARIES | ({f"libcudart.so.{cuda}"} if cuda else set())
+    allowed = set(TORCH_LIBRARIES)
+    if cuda is not None:
+        allowed |= CUDA_LIBRARIES | {f"libcudart.so.{cuda}"}
     for name in sorted(libraries - allowed):
         if not re.fullmatch(SYSTEM_LIBRARIES, name):
             found.append(f"{name} is not of torch or the system, expected {sorted(allowed)}")

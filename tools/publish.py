@@ -45,7 +45,8 @@ class PublishError(Exception):
 
 
 def find_variants(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("build/*") if path.is_dir())
+    """Their folders; kernel-builder puts others beside them, such as benchmarks."""
+    return sorted(path for path in root.glob("build/torch*") if path.is_dir())
 
 
 def problems(kernel: builder.Kernel, variant: Path) -> list[str]:

@@ -388,6 +388,22 @@ def test_the_abi_check_finds(
     assert re.search(message, violation), violation
 
 
+@pytest.mark.parametrize(("cuda", "found"), [(13, []), (None, ["libtorch_cuda.so"])])
+def test_the_abi_check_takes_what_kernel_builder_links(
+    cuda: "int | None", found: "list[str]", tmp_path: Path
+) -> None:
+    """torch's CUDA library in a CUDA variant, and the path that patchelf empties."""
+    skip_without_abi_tools()
+    compile = [builder.find_compiler(), "-shared", "-fPIC", "-xc++", "-"]
+    torch_cuda, library = tmp_path / "libtorch_cuda.so", tmp_path / "library.so"
+    link = ["-Wl,--no-as-needed,-rpath,/opt", f"-L{tmp_path}", "-ltorch_cuda"]
+    subprocess.run([*compile, "-o", torch_cuda], input="", text=True, check=True)
+    subprocess.run([*compile, *link, "-o", library], input="", text=True, check=True)
+    library.write_bytes(library.read_bytes().replace(b"\0/opt\0", b"\0\0opt\0"))
+    violations = abi.violations(library, (2, 11), cuda)
+    assert [violation.split()[0] for violation in violations] == found
+
+
 def test_the_stable_shims_are_those_of_the_release() -> None:
     """2.13 has more functions than 2.11, and both have what every kernel needs."""
     if torch.__version__ < (2, 13):

@@ -89,6 +89,16 @@ def test_everything_arrives(hub: Hub, release: builder.Kernel) -> None:
     assert "{{" not in card and "{%" not in card and "license: apache-2.0" in card
 
 
+def test_what_kernel_builder_puts_beside_the_variants_is_no_variant(
+    hub: Hub, changed: builder.Kernel
+) -> None:
+    expected = local_files(changed)
+    shutil.copytree(changed.root / "benchmarks", changed.root / "build" / "benchmarks")
+    (changed.root / "build" / "CARD.md").touch()
+    run(changed)
+    assert hub.repositories[REPO_ID].files("v1") == {**expected, ".gitattributes": b""}
+
+
 def test_a_second_run_changes_nothing(hub: Hub, release: builder.Kernel) -> None:
     run(release)
     refs = dict(hub.repositories[REPO_ID].refs)
