@@ -505,7 +505,7 @@ def git_status(root: Path, inputs: Iterable[str] = ()) -> dict | None:
 
 
 def metadata(variant: Variant, folder: Path) -> dict:
-    """metadata.json for the files of the variant, which are in ``folder``."""
+    """metadata.json for the files of the variant, in ``folder``, with kernel-builder's keys."""
     from kernels._rust import Digest, DigestAlgorithm
 
     general = variant.kernel.config["general"]
@@ -518,6 +518,7 @@ def metadata(variant: Variant, folder: Path) -> dict:
         "license": general["license"],
         **{key: general[key] for key in ("upstream", "source") if key in general},
         "python-depends": general.get("python-depends", []),
+        "kernel-depends": general.get("kernel-depends", []),
         "backend": {"type": variant.backend, **archs},
         "digest": {"algorithm": str(digest.algorithm), "files": dict(sorted(digest.files.items()))},
     }
@@ -525,6 +526,11 @@ def metadata(variant: Variant, folder: Path) -> dict:
     if git is not None:
         result["provenance"] = provenance(git)
     return result
+
+
+def as_json(metadata: dict) -> str:
+    """As kernel-builder writes it: without a newline at the end."""
+    return json.dumps(metadata, indent=2)
 
 
 def provenance(git: dict) -> dict:
@@ -539,7 +545,7 @@ def mend_provenance(kernel: Kernel, backend: str, folder: Path) -> None:
     git = git_status(kernel.root, kernel.inputs(backend))
     if git and not git["dirty"] and recorded.get("provenance") != provenance(git):
         recorded["provenance"] = provenance(git)
-        file.write_text(json.dumps(recorded, indent=2) + "\n")
+        file.write_text(as_json(recorded))
 
 
 def is_current(kernel: Kernel, backend: str, folder: Path, archs: list[str] | None) -> bool:
@@ -581,7 +587,7 @@ def assemble(variant: Variant, library: Path) -> None:
         shutil.copyfile(kernel.root / "torch-ext" / kernel.package / file, stage / file)
     (stage / OPS_FILE).write_text(OPS_PY.format(id=variant.id))
     shutil.copyfile(library, stage / f"{variant.id}.abi3.so")
-    text = json.dumps(metadata(variant, stage), indent=2) + "\n"
+    text = as_json(metadata(variant, stage))
     Metadata.from_bytes(text.encode())  # raises where kernels would not read it
     (stage / "metadata.json").write_text(text)
 
@@ -620,6 +626,8 @@ def build(
         compute = "cu" + "".join(map(str, toolkit.version))
         if archs == ["all"]:
             archs = RELEASE_ARCHS[toolkit.version[0]]
+    # kernel-builder sorts them so, as strings: 10.0 comes before 9.0.
+    archs = sorted(set(archs)) if archs else None
     if say_if_current(kernel, backend, compute, archs):
         return
 

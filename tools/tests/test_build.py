@@ -354,11 +354,38 @@ def test_metadata_tells_what_was_built(variant: Path) -> None:
     assert metadata.name.python_name == KERNEL.package
     assert str(metadata.digest.algorithm) == "sha256"
     assert (metadata.backend.archs is None) == (backend_of(variant) == "cpu")
-    for arch in metadata.backend.archs or []:
+    archs = metadata.backend.archs or []
+    assert archs == sorted(set(archs))
+    for arch in archs:
         builder.parse_arch(arch)
     if metadata.provenance is not None:  # built in a git checkout
         for git in (metadata.provenance.kernel, metadata.provenance.kernel_builder.git):
             assert re.fullmatch(r"[0-9a-f]{40}", git.commit)
+
+
+@each_variant
+def test_metadata_is_written_as_by_kernel_builder(variant: Path) -> None:
+    """The same keys in the same order; kernel-depends without any, and nothing after the end."""
+    text = read(variant, "metadata.json")
+    keys = "name id version license upstream python-depends kernel-depends backend digest"
+    assert [key for key in json.loads(text) if key != "provenance"] == keys.split()
+    assert json.loads(text)["kernel-depends"] == [] and text.endswith("}")
+
+
+def test_archs_are_sorted_as_strings(
+    checkout: builder.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given in any order they make the same build."""
+    found = []
+    monkeypatch.setattr(builder, "say_if_current", lambda *arguments: found.append(arguments[-1]))
+    monkeypatch.setattr(
+        builder, "compile_and_link", lambda variant, *_: found.append(variant.archs)
+    )
+    monkeypatch.setattr(builder, "assemble", lambda *_: None)
+    monkeypatch.setattr(builder.CudaToolkit, "of", lambda nvcc: builder.CudaToolkit(nvcc, (13, 0)))
+    archs = ["9.0", "12.1+PTX", "10.0", "9.0"]
+    builder.build(checkout, "cuda", archs, jobs=1, verbose=False, nvcc=Path("nvcc"))
+    assert found == [["10.0", "12.1+PTX", "9.0"]] * 2
 
 
 # ------------------------------------------------------------------------- what the ABI check finds
@@ -493,7 +520,7 @@ def test_a_current_build_is_of_the_present_commit(
         recorded = Metadata.read_from_file(built / "metadata.json").provenance
         assert (recorded.kernel.commit, recorded.dirty) == expected
     text = (built / "metadata.json").read_text()
-    assert text == json.dumps(json.loads(text), indent=2) + "\n"  # as a build writes it
+    assert text == json.dumps(json.loads(text), indent=2)  # as a build writes it
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
