@@ -97,6 +97,13 @@ const void* align(Tensor& tensor) {
   return tensor.data_ptr();
 }
 
+void align_operand(Operand& operand, Tensor& tensor) {
+  if (operand.dtype == DType::f32 && tensor.scalar_type() != ScalarType::Float) {
+    tensor = torch::stable::to(tensor, ScalarType::Float);
+  }
+  operand.data = align(tensor);
+}
+
 // Of metadata on the CPU only. What lies on a GPU is not read back: there the kernels take a level
 // that does not fit for an empty one.
 void check_levels(const Params& params) {
@@ -167,9 +174,9 @@ Params Inputs::check_and_align() {
 
   // All is well: only now are tensors copied.
   params.value = align(value);
-  (fused() ? params.sampling_offsets : params.sampling_locations).data = align(coordinates.tensor);
-  (fused() ? params.attention_logits : params.attention_weights).data = align(weights.tensor);
-  if (fused()) params.reference_points.data = align(*reference_points);
+  align_operand(fused() ? params.sampling_offsets : params.sampling_locations, coordinates.tensor);
+  align_operand(fused() ? params.attention_logits : params.attention_weights, weights.tensor);
+  if (fused()) align_operand(params.reference_points, *reference_points);
   if (grad_output) align(*grad_output);
   return params;
 }
@@ -204,7 +211,7 @@ void Inputs::check_equal_points(Params& params) const {
   params.queries = coordinates.tensor.size(1);
   const int64_t points = coordinates.tensor.size(4);
   check(params.levels * points <= kMaxPoints, coordinates.name, " has ", points,
-        " points in each of ", params.levels, " levels, expected fewer than 2^31 in all");
+        " points in each of ", params.levels, " levels, expected fewer than 2^30 in all");
   params.points_per_level = static_cast<int32_t>(points);
   params.points = params.levels * params.points_per_level;
   check_shape(weights.name, weights.tensor,
@@ -223,7 +230,7 @@ void Inputs::check_listed_points(Params& params, const std::vector<int64_t>& cou
   params.queries = coordinates.tensor.size(1);
   const int64_t points = coordinates.tensor.size(3);
   check(points <= kMaxPoints, coordinates.name, " has ", points,
-        " points, expected fewer than 2^31");
+        " points, expected fewer than 2^30");
   params.points = static_cast<int32_t>(points);
   check_shape(weights.name, weights.tensor,
               {{"batch", params.batch},
@@ -268,15 +275,19 @@ void Inputs::check_reference_points(Params& params) const {
   params.offset_scale = offset_scale;
 }
 
-// Operands have value's dtype, or float beside a half value (as autocast gives them).
+// Operands may have any dtype below float64, or float64 as value has. The backends read value's
+// dtype, and float beside a half type (as autocast gives them); others are converted to float.
 DType Inputs::check_operand(const char* name, const Tensor& tensor, DType dtype) const {
-  const ScalarType expected = value.scalar_type();
-  const bool half = is_half(dtype), same = tensor.scalar_type() == expected;
-  check_dtype(name, tensor, same || (half && tensor.scalar_type() == ScalarType::Float),
-              torch::headeronly::toString(expected),
-              half ? ", the dtype of value, or Float" : ", the dtype of value");
+  const ScalarType actual = tensor.scalar_type();
+  const bool mixes =
+      actual == ScalarType::Float || actual == ScalarType::Half || actual == ScalarType::BFloat16;
+  if (dtype == DType::f64) {
+    check_dtype(name, tensor, actual == ScalarType::Double, "Double", ", the dtype of value");
+  } else {
+    check_dtype(name, tensor, mixes, "Float, Half or BFloat16", ", as value is not Double");
+  }
   check_device(name, tensor, value);
-  return same ? dtype : DType::f32;
+  return actual == value.scalar_type() ? dtype : DType::f32;
 }
 
 void Inputs::check_grad_output(const Params& params) const {

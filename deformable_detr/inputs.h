@@ -17,9 +17,10 @@ namespace ms_deform_attn {
 constexpr int64_t kMaxPixels = INT32_MAX;
 // Of heads * channels: the size of a pixel in bytes is an int32_t, also in float64.
 constexpr int64_t kMaxPixelSize = (1 << 28) - 1;
-// Of the levels, and of the points of a (batch, query, head): an int32_t counts them.
+// Of the levels: an int32_t counts them.
 constexpr int64_t kMaxLevels = INT32_MAX;
-constexpr int64_t kMaxPoints = INT32_MAX;
+// Of the points of a (batch, query, head): an int32_t counts their coordinates, and a few more.
+constexpr int64_t kMaxPoints = (1 << 30) - 1;
 // Of the heads and of the levels on a GPU: a grid has so many blocks in y, and the levels are kept
 // in shared memory, which on the smallest GPUs holds fewer.
 constexpr int64_t kMaxGpuHeads = 65535;

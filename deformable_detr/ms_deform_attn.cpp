@@ -57,6 +57,10 @@ Tensor allocate_and_forward(Inputs&& inputs) {
   return output;
 }
 
+Tensor convert(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
 struct Gradients {
   Tensor value, coordinates, weights;
   std::optional<Tensor> reference_points;
@@ -64,6 +68,10 @@ struct Gradients {
 
 Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
                                 bool reference_needs_grad = false) {
+  const ScalarType coordinates_dtype = inputs.coordinates.tensor.scalar_type();
+  const ScalarType weights_dtype = inputs.weights.tensor.scalar_type();
+  const auto reference_dtype =
+      inputs.reference_points ? inputs.reference_points->scalar_type() : ScalarType::Float;
   BackwardParams params{inputs.check_and_align()};
   params.grad_output = inputs.grad_output->data_ptr();
   params.deterministic = deterministic;
@@ -107,9 +115,7 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
                         : torch::stable::empty_like(inputs.value);
       params.grad_value = grads.value.data_ptr();
       cuda::backward(params, plan, stream);
-      if (plan.adds_to_zeros && acc_dtype != dtype) {
-        grads.value = torch::stable::to(grads.value, dtype);
-      }
+      grads.value = convert(grads.value, dtype);
     });
 #endif
   } else {
@@ -117,10 +123,12 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
     params.grad_value = grads.value.data_ptr();
     cpu::backward(params);
   }
+  grads.coordinates = convert(grads.coordinates, coordinates_dtype);
+  grads.weights = convert(grads.weights, weights_dtype);
   if (reference_needs_grad) {
     const int64_t heads[] = {2};
-    grads.reference_points = torch::stable::to(torch::stable::sum(*grads.reference_points, heads),
-                                               inputs.reference_points->scalar_type());
+    grads.reference_points =
+        convert(torch::stable::sum(*grads.reference_points, heads), reference_dtype);
   }
   return grads;
 }

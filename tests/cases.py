@@ -16,6 +16,7 @@ TOLERANCES = {
 }
 DTYPES = list(TOLERANCES)
 HALF_DTYPES = [torch.float16, torch.bfloat16]
+MIXABLE = [torch.float32, *HALF_DTYPES]  # in one call; float64 goes with float64 alone
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def nested(tensor):
 
 
 FLOATS = "expected Float, Half, BFloat16 or Double"
-OF_VALUE = "expected Float, the dtype of value"
+FLOAT = "expected Float, "  # the dtype of value; an operand may be Half or BFloat16 beside it
 DENSE = "expected a dense tensor"
 every = slice(None)
 
@@ -136,10 +136,10 @@ WRONG = [
     Wrong("value", "float8", to(torch.float8_e4m3fn), "dtype Float8_e4m3fn", FLOATS),
     Wrong("value", "complex64", to(torch.complex64), "dtype ComplexFloat", FLOATS),
     Wrong("value", "complex128", to(torch.complex128), "dtype ComplexDouble", FLOATS),
-    Wrong(OPERANDS, "float64", to(torch.float64), "dtype Double", OF_VALUE),
-    Wrong(OPERANDS, "float16", to(torch.float16), "dtype Half", OF_VALUE),
-    Wrong(OPERANDS, "int64", to(torch.int64), "dtype Long", OF_VALUE),
-    Wrong(OPERANDS, "complex64", to(torch.complex64), "dtype ComplexFloat", OF_VALUE),
+    Wrong(OPERANDS, "float64", to(torch.float64), "dtype Double", FLOAT),
+    Wrong("grad_output", "float16", to(torch.float16), "dtype Half", FLOAT),
+    Wrong(OPERANDS, "int64", to(torch.int64), "dtype Long", FLOAT),
+    Wrong(OPERANDS, "complex64", to(torch.complex64), "dtype ComplexFloat", FLOAT),
     Wrong(LEVELS, "float32", to(torch.float32), "dtype Float", "expected Long or Int"),
     Wrong(LEVELS, "int16", to(torch.int16), "dtype Short", "expected Long or Int"),
     Wrong(LEVELS, "bool", to(torch.bool), "dtype Bool", "expected Long or Int"),

@@ -3,11 +3,13 @@
 tests/test_transforms.py and tests/test_compile.py run both operators.
 """
 
+import itertools
+
 import pytest
 import torch
 from cases import (
     DTYPES,
-    HALF_DTYPES,
+    MIXABLE,
     SMALL,
     Case,
     make_fused_inputs,
@@ -52,13 +54,12 @@ def test_matches_reference_on_a_pyramid(kernel, device, dtype, coordinates):
 
 
 @pytest.mark.kernels_ci
-@pytest.mark.parametrize("float32", range(8))
-@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-def test_float_operands_beside_a_half_value(kernel, device, dtype, float32):
-    """Each of the three operands in value's dtype or float32."""
+@pytest.mark.parametrize("operand_dtypes", list(itertools.product(MIXABLE, repeat=3)), ids=str)
+@pytest.mark.parametrize("dtype", MIXABLE, ids=str)
+def test_any_mixture_of_dtypes(kernel, device, dtype, operand_dtypes):
     names = ("reference_points", "sampling_offsets", "attention_logits")
-    dtypes = {name: torch.float32 for i, name in enumerate(names) if float32 >> i & 1}
     case = Case("mixed", channels=32)
+    dtypes = dict(zip(names, operand_dtypes))
     check_against_reference(kernel, make_fused_inputs(case, dtype, device, 4, **dtypes))
 
 

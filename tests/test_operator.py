@@ -5,7 +5,7 @@ import torch
 from cases import (
     CASES,
     DTYPES,
-    HALF_DTYPES,
+    MIXABLE,
     SMALL,
     Case,
     FusedInputs,
@@ -65,20 +65,20 @@ def test_matches_reference_on_a_pyramid(kernel, device, dtype):
 
 @pytest.mark.kernels_ci
 @pytest.mark.parametrize("channels", [30, 32])
-@pytest.mark.parametrize("float_weights", [True, False])
-@pytest.mark.parametrize("float_locations", [True, False])
-@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-def test_float_locations_and_weights_beside_a_half_value(
-    kernel, device, dtype, float_locations, float_weights, channels
-):
-    inputs = make_inputs(
-        Case("mixed", channels=channels),
-        dtype,
-        device,
-        locations_dtype=torch.float32 if float_locations else None,
-        weights_dtype=torch.float32 if float_weights else None,
-    )
+@pytest.mark.parametrize("weights_dtype", MIXABLE, ids=str)
+@pytest.mark.parametrize("locations_dtype", MIXABLE, ids=str)
+@pytest.mark.parametrize("dtype", MIXABLE, ids=str)
+def test_any_mixture_of_dtypes(kernel, device, dtype, locations_dtype, weights_dtype, channels):
+    case = Case("mixed", channels=channels)
+    inputs = make_inputs(case, dtype, device, locations_dtype, weights_dtype)
     check_against_reference(kernel, inputs)
+
+
+@pytest.mark.parametrize("dtype", MIXABLE, ids=str)
+def test_float64_goes_with_float64_alone(kernel, device, dtype):
+    inputs = make_inputs(SMALL, torch.float64, device, weights_dtype=dtype)
+    with pytest.raises(RuntimeError, match="attention_weights has dtype .*, expected Double"):
+        kernel.ms_deform_attn(*inputs.args)
 
 
 @pytest.mark.kernels_ci

@@ -56,8 +56,9 @@ Tiles cut_tiles(const Params& p) {
     const int64_t width = std::max(1, level.width);
     const int32_t rows = std::max<int64_t>(
         1, std::min(pixels_that_fit / width - 1, pixels_to_share / width));  // -1: the halo
-    for (int32_t row = 0; row < level.height; row += rows) {
-      const Tile tile{level, row, std::min(row + rows, level.height), first_point, points};
+    for (int64_t row = 0; row < level.height; row += rows) {
+      const int32_t last_row = static_cast<int32_t>(std::min<int64_t>(row + rows, level.height));
+      const Tile tile{level, static_cast<int32_t>(row), last_row, first_point, points};
       result.most_pixels = std::max<int64_t>(result.most_pixels, tile.pixels_with_halo() + 1);
       result.tiles.push_back(tile);
     }

@@ -149,7 +149,8 @@ MSDA_INLINE void differentiate_points(const Tile& tile, Method method, int32_t c
   acc *grad_weight = space.grad_weight.data(), *grad_x = space.grad_x.data(),
       *grad_y = space.grad_y.data();
   const Level level = tile.level;
-  const acc moves = method == Method::bilinear ? 1 : 0;
+  // Selected, not multiplied by zero, which makes NaN of what is not finite.
+  const bool bilinear = method == Method::bilinear;
 #pragma GCC ivdep
   for (int32_t i = 0; i < count; ++i) {
     Corners<acc> corners;
@@ -157,8 +158,8 @@ MSDA_INLINE void differentiate_points(const Tile& tile, Method method, int32_t c
     corners.down = down[i];
     const acc corner[4] = {dot[4 * i], dot[4 * i + 1], dot[4 * i + 2], dot[4 * i + 3]};
     grad_weight[i] = corners.sample(corner);
-    grad_x[i] = moves * weight[i] * corners.d_location_x(corner, level);
-    grad_y[i] = moves * weight[i] * corners.d_location_y(corner, level);
+    grad_x[i] = bilinear ? weight[i] * corners.d_location_x(corner, level) : acc(0);
+    grad_y[i] = bilinear ? weight[i] * corners.d_location_y(corner, level) : acc(0);
   }
 }
 

@@ -7,8 +7,11 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
-#include <new>
+#include <mutex>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #if defined(__linux__)
@@ -56,7 +59,10 @@ class Array {
   Array(int64_t size) {
     const size_t bytes = (size * sizeof(T) / 64 + 1) * 64;
     data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!data_) throw std::bad_alloc();
+    if (!data_) {
+      throw std::runtime_error("out of memory: ms_deform_attn on cpu cannot allocate " +
+                               std::to_string(bytes) + " bytes");
+    }
     std::memset(static_cast<void*>(data_.get()), 0, bytes);
   }
   T* data() const { return data_.get(); }
@@ -77,11 +83,21 @@ class Work {
   bool take(int64_t* piece) { return (*piece = next_++) < pieces_; }
 
   // worker(*this) on each of torch's threads that there is a piece for. Within a parallel region
-  // of the caller's, on this thread alone.
+  // of the caller's, on this thread alone. What a worker throws is thrown when all have ended, as
+  // parallel_for would not tell what it was.
   template <typename Worker>
   void share(const Worker& worker) {
     const int64_t threads = std::min<int64_t>(pieces_, torch::stable::get_num_threads());
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { worker(*this); });
+    std::exception_ptr error;
+    std::once_flag first;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      try {
+        worker(*this);
+      } catch (...) {
+        std::call_once(first, [&] { error = std::current_exception(); });
+      }
+    });
+    if (error) std::rethrow_exception(error);
   }
 
  private:
