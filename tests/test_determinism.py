@@ -5,9 +5,9 @@ import torch
 from cases import CASES, DTYPES, OPERATORS, Case
 from test_operator import check_against_reference
 
-# Many points on few pixels, so that many additions meet in each; and more of them in a level than a
-# GPU's block holds: once in the pixels' order, once in any, and once so many that it looks for them
-# in smaller parts of its pixels, beside levels so thin that a block has more than one share.
+# Many points sample few pixels, so that many additions meet in each pixel. In the last three cases
+# a level has more points than a block of the GPU holds: in the order of the pixels, in any order,
+# and so many that the block halves its range of pixels, next to levels one pixel thin.
 CROWDED = [
     Case("crowded", ((2, 3), (12, 17)), queries=500, heads=4, channels=32),
     Case("crowded_encoder", ((30, 40), (1, 1), (15, 20)), queries=1501, heads=4, channels=32,
@@ -36,7 +36,7 @@ def gradients(kernel, operator, inputs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_repeat_bit_for_bit(kernel, device, operator, dtype, deterministic_mode):
-    for case in CROWDED if device == "cuda" else CROWDED[:1]:  # on the CPU all take one way
+    for case in CROWDED if device == "cuda" else CROWDED[:1]:  # the CPU has one strategy for all
         inputs = OPERATORS[operator](case, dtype, device).require_grad()
         first = gradients(kernel, operator, inputs)
         for _ in range(RUNS - 1):

@@ -1,6 +1,6 @@
-"""The fused operator: against the float64 reference, and what it is told apart from the plain one.
+"""The fused operator against the float64 reference, and what only this operator has.
 
-tests/test_transforms.py and tests/test_compile.py run both operators.
+test_transforms.py, test_compile.py and test_determinism.py run both operators.
 """
 
 import itertools
