@@ -8,6 +8,7 @@ from torch.utils import flop_counter
 
 from . import private
 from .autograd import call_eagerly, gradients, over_problems, save
+from .native import ops
 from .operations import FUSED, PLAIN
 
 # ------------------------------------------------------------------------------------------ fakes
@@ -68,11 +69,8 @@ def _register_autograd(operation):
     namespace, name = operation.name.split("::")
     library = torch.library.Library(namespace, "FRAGMENT")
     library.impl(name, kernel, "Autograd")
-    _LIBRARIES.append(library)
-
-
-# What a library has registered is withdrawn when it is no longer referenced.
-_LIBRARIES = []
+    # What a library has registered is withdrawn when it is no longer referenced.
+    ops.libraries.append(library)
 
 
 def _register_autograd_publicly(operation):
@@ -116,15 +114,23 @@ def _register_flops(operation, per_corner):
 
 # ---------------------------------------------------------------------------------- registrations
 
-for _operator in (PLAIN, FUSED):
-    _register_fake(_operator, _output)
-    _register_fake(_operator.backward, _gradients)
-    # Forward: multiply a corner's value by its weight, and add the product to the output.
-    _register_flops(_operator, per_corner=2)
-    # Backward: multiply grad_output by the corner's weight and add it to grad_value; multiply the
-    # corner's value by grad_output and add it to the dot product that the gradients of weights and
-    # locations are made from.
-    _register_flops(_operator.backward, per_corner=4)
-    for _operation in (_operator, _operator.backward):
-        _register_autograd(_operation)
-        _register_vmap(_operation)
+
+def _register():
+    ops.libraries = []
+    for operator in (PLAIN, FUSED):
+        _register_fake(operator, _output)
+        _register_fake(operator.backward, _gradients)
+        # Forward: multiply a corner's value by its weight, and add the product to the output.
+        _register_flops(operator, per_corner=2)
+        # Backward: multiply grad_output by the corner's weight and add it to grad_value; multiply
+        # the corner's value by grad_output and add it to the dot product that the gradients of
+        # weights and locations are made from.
+        _register_flops(operator.backward, per_corner=4)
+        for operation in (operator, operator.backward):
+            _register_autograd(operation)
+            _register_vmap(operation)
+
+
+# A package that is imported again, from a copy of its folder, finds the ops registered.
+if not hasattr(ops, "libraries"):
+    _register()
