@@ -40,7 +40,18 @@ void on_device(const Tensor& value, Function&& function) {
 
 // -------------------------------------------------------------------------- allocate and compute
 
-Tensor allocate_and_forward(Inputs&& inputs) {
+// Throws what was caught. PyTorch is called to allocate and to copy alone, and the stable ABI does
+// not tell why such a call failed.
+[[noreturn]] void rethrow(const Tensor& value, const std::runtime_error& error) {
+  const bool from_torch = std::string(error.what()).find("API call failed") != std::string::npos;
+  check(!from_torch, "ms_deform_attn on ", device_of(value),
+        ": out of memory, unless an earlier error of the device is pending. PyTorch could not "
+        "allocate or copy a tensor: ",
+        error.what());
+  throw;
+}
+
+Tensor allocate_and_forward(Inputs&& inputs) try {
   Params params = inputs.check_and_align();
   Tensor output = torch::stable::new_empty(
       inputs.value, {params.batch, params.queries, int64_t(params.heads) * params.channels});
@@ -55,6 +66,8 @@ Tensor allocate_and_forward(Inputs&& inputs) {
 #endif
   cpu::forward(params);
   return output;
+} catch (const std::runtime_error& error) {
+  rethrow(inputs.value, error);
 }
 
 Tensor convert(const Tensor& tensor, ScalarType dtype) {
@@ -67,7 +80,7 @@ struct Gradients {
 };
 
 Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
-                                bool reference_needs_grad = false) {
+                                bool reference_needs_grad = false) try {
   const ScalarType coordinates_dtype = inputs.coordinates.tensor.scalar_type();
   const ScalarType weights_dtype = inputs.weights.tensor.scalar_type();
   const auto reference_dtype =
@@ -131,6 +144,8 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
         convert(torch::stable::sum(*grads.reference_points, heads), reference_dtype);
   }
   return grads;
+} catch (const std::runtime_error& error) {
+  rethrow(inputs.value, error);
 }
 
 }  // namespace

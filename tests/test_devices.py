@@ -237,7 +237,7 @@ def test_out_of_memory_leaves_the_process_usable(kernel, device, operator):
             tensor[:1].expand(batch, *tensor.shape[1:]) if tensor.is_floating_point() else tensor
             for tensor in inputs.args
         ]
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="out of memory"):
             getattr(kernel, operator)(*huge)
         del huge
     check(call(kernel, operator, inputs), expected)
