@@ -175,3 +175,35 @@ print(peak - sum(result.nbytes for result in results))
     beyond = int(python(script))
     # Two threads, and another megabyte for what they and the allocator round up.
     assert beyond < 3 * MEGABYTE, f"{beyond / MEGABYTE:.1f} MB"
+
+
+def test_out_of_memory_in_a_worker_says_so_and_leaves_the_process_usable():
+    """A worker thread has no memory for the rows of a map that has 4096 channels."""
+    script = """
+import resource
+import torch
+from cases import SMALL, Case, make_inputs
+from conftest import KERNEL
+
+def call(inputs):
+    return KERNEL.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)
+
+torch.set_num_threads(2)
+wide = Case("wide", ((2, 4000),), batch=1, queries=50, heads=1, channels=4096)
+inputs, small = make_inputs(wide, torch.float32), make_inputs(SMALL, torch.float32)
+call(small)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + inputs.value.nbytes + 64 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+try:
+    call(inputs)
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(all(grad.isfinite().all() for grad in call(small)))
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory is measured in /proc")
+    message, usable = python(script).strip().splitlines()[-2:]
+    assert message.startswith("out of memory: ms_deform_attn on cpu cannot allocate ")
+    assert usable == "True"
