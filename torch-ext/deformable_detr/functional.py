@@ -40,9 +40,9 @@ def ms_deform_attn(
         spatial_shapes: (levels, 2), int64 or int32, the (h, w) of each level in pixels, each at
             most 2^24 unless ``value`` is float64.
         level_start_index: (levels,), int64 or int32, where each level starts in ``value``'s
-            dimension 1.
-        sampling_locations: (batch, queries, heads, levels, points, 2), ``value``'s dtype or
-            float32 beside a half ``value``; (x, y) as a fraction of the level's width and height,
+            dimension 1. Levels that share pixels are refused on a CPU and summed on a GPU.
+        sampling_locations: (batch, queries, heads, levels, points, 2), float32, float16 or
+            bfloat16, or float64 as ``value``; (x, y) as a fraction of the level's width and height,
             not clamped: pixel = location * size - 0.5. A corner outside its map contributes zero;
             so does a point whose x or y is NaN or infinite, and its gradient is zero.
         attention_weights: (batch, queries, heads, levels, points), dtype as for the locations.
@@ -103,7 +103,7 @@ def fused_ms_deform_attn(
             = (x, y) + offset / (width, height) of the level, so that offsets are in pixels. Or
             (batch, queries, levels, 4) as (x, y, w, h): location = (x, y) + offset / points of
             the level * (w, h) * ``offset_scale``. A single level stands for all levels.
-            ``value``'s dtype or float32 beside a half ``value``, as offsets and logits.
+            Dtype as for ``ms_deform_attn``'s locations, as of offsets and logits.
         sampling_offsets: (batch, queries, heads, levels, points, 2) as (x, y).
         attention_logits: (batch, queries, heads, levels, points). The attention weights are their
             softmax over all points of a (batch, query, head), in float32 or better.
