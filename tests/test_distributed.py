@@ -22,7 +22,7 @@ def train(device, rank=None):
     if rank is not None:
         inputs = {name: x[rank : rank + 1] for name, x in inputs.items()}
     losses = []
-    with on_this_kernel(KERNEL, SPEC, model, torch.device(device).type, True, STEPS):
+    with on_this_kernel(KERNEL, SPEC, model, torch.device(device).type, True, "fused", STEPS):
         wrapped = model if rank is None else DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
         for _ in range(STEPS):

@@ -193,6 +193,8 @@ def pyramid_inputs(height, width, device):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 def test_export_keeps_the_image_size_dynamic(kernel, device, strict):
+    if torch.__version__ < (2, 12):
+        pytest.skip("torch 2.11 exports avg_pool2d for even sizes alone")
     size = {2: torch.export.Dim("height", min=4, max=99), 3: torch.export.Dim("width", min=4)}
     module = Pyramid(kernel.ms_deform_attn_list)
     program = torch.export.export(

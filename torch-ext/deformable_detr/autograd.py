@@ -40,7 +40,13 @@ def call(operation: Operation, *args):
 
 def call_eagerly(operation, args):
     if private.transforms_active() or private.dual_levels._current_level >= 0:
-        return Transformed.apply(operation, *args)
+        try:
+            return Transformed.apply(operation, *args)
+        except RuntimeError as error:
+            # torch.func.functionalize takes ops, which write to nothing here, but no Function.
+            if "Functionalize rule" not in str(error):
+                raise
+            return operation.op(*args)
     if torch.is_grad_enabled():
         for position in operation.differentiable:
             if getattr(args[position], "requires_grad", False):
