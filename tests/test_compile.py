@@ -146,6 +146,20 @@ def test_checkpointing_inside_a_compiled_step(kernel, device, operator):
     check_training_step(kernel_and_checkpoint, operator, device, backend="aot_eager")
 
 
+def test_backward_compiled_alone(kernel, device, operator):
+    """By compiled autograd, after a forward in eager mode."""
+    torch._dynamo.reset()
+    inputs = OPERATORS[operator](SMALL, torch.float32, device).require_grad()
+    step = training_step(kernel, operator, {})
+    expected = torch.autograd.grad(step(*inputs.args), inputs.differentiable())
+    loss = step(*inputs.args)
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        loss.backward()
+    for tensor, wanted in zip(inputs.differentiable(), expected):
+        assert relative_error(tensor.grad, wanted.double()) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_compiled_under_autocast(kernel, device, operator, dtype):
     torch._dynamo.reset()

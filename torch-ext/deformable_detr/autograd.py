@@ -114,7 +114,7 @@ def gradients(ctx, needs_input_grad, grad_outputs):
             *backward.request(needs),
             deterministic,
         )
-        found = zip(operation.differentiable, call_eagerly(backward, args))
+        found = zip(operation.differentiable, call(backward, *args))
     else:
         args = (*ctx.saved_tensors, *options)
         positions = [i for i in operation.differentiable if needs_input_grad[i]]
