@@ -270,7 +270,7 @@ def on_implementation(
     if not spec.has_layer:
         if repository != REPOSITORY:
             raise ValueError(f"{repository} has a layer only, expected a function for {case.model}")
-        with get_project_kernel().integrations.use_in_transformers(model):
+        with get_project_kernel().integrations.use_in_transformers(model, fuse=False):
             yield
         return
     os.environ.setdefault("LOCAL_KERNELS", f"{REPOSITORY}={ROOT}")

@@ -7,9 +7,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -88,16 +86,16 @@ class Work {
   template <typename Worker>
   void share(const Worker& worker) {
     const int64_t threads = std::min<int64_t>(pieces_, torch::stable::get_num_threads());
-    std::exception_ptr error;
-    std::once_flag first;
+    std::atomic<bool> failed{false};
+    std::string error;  // of the first that failed
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       try {
         worker(*this);
-      } catch (...) {
-        std::call_once(first, [&] { error = std::current_exception(); });
+      } catch (const std::exception& exception) {
+        if (!failed.exchange(true)) error = exception.what();
       }
     });
-    if (error) std::rethrow_exception(error);
+    if (failed) throw std::runtime_error(error);
   }
 
  private:

@@ -16,7 +16,7 @@ class Operation:
     """What ``Forward`` and ``Backward`` have in common.
 
     Attributes:
-        op, name: the native op, and its name with the namespace.
+        op, op_name, name: the native op, its name, and that with the namespace.
         tensors: the names of the arguments that are tensors.
         differentiable: the positions of the arguments that have a gradient.
         weights: the position of the attention weights or logits: one for each sampling point.
@@ -25,7 +25,7 @@ class Operation:
 
     def __init__(self, name: str, tensors: Tuple[str, ...], defaults: Tuple):
         self.op = getattr(ops, name)
-        self.name = add_op_namespace_prefix(name)
+        self.op_name, self.name = name, add_op_namespace_prefix(name)
         self.tensors = tensors
         self.defaults = defaults
         self.weights = 5 if "attention_logits" in tensors else 4

@@ -8,7 +8,7 @@ from torch.utils import flop_counter
 
 from . import private
 from .autograd import call_eagerly, gradients, over_problems, save
-from .native import ops
+from .native import add_op_namespace_prefix, ops
 from .operations import FUSED, PLAIN
 
 # ------------------------------------------------------------------------------------------ fakes
@@ -29,7 +29,7 @@ def _register_fake(operation, results):
                 )
         return results(operation, tensors, options)
 
-    torch.library.register_fake(operation.name, fake)
+    torch.library.register_fake(add_op_namespace_prefix(operation.op_name), fake)
 
 
 def _output(operation, tensors, options):
@@ -66,9 +66,8 @@ def _register_autograd(operation):
                 ) from error
             raise
 
-    namespace, name = operation.name.split("::")
-    library = torch.library.Library(namespace, "FRAGMENT")
-    library.impl(name, kernel, "Autograd")
+    library = torch.library.Library(operation.name.split("::")[0], "FRAGMENT")
+    library.impl(add_op_namespace_prefix(operation.op_name), kernel, "Autograd")
     # What a library has registered is withdrawn when it is no longer referenced.
     ops.libraries.append(library)
 
@@ -80,14 +79,16 @@ def _register_autograd_publicly(operation):
     def backward(ctx, *grad_outputs):
         return tuple(gradients(ctx, ctx.needs_input_grad, grad_outputs))
 
-    torch.library.register_autograd(operation.name, backward, setup_context=setup_context)
+    torch.library.register_autograd(
+        add_op_namespace_prefix(operation.op_name), backward, setup_context=setup_context
+    )
 
 
 def _register_vmap(operation):
     def vmap(info, in_dims, *args):
         return over_problems(operation, _call_op, info, in_dims, args)
 
-    torch.library.register_vmap(operation.name, vmap)
+    torch.library.register_vmap(add_op_namespace_prefix(operation.op_name), vmap)
 
 
 def _call_op(operation, *args):
