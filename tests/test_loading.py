@@ -158,6 +158,10 @@ if {before}:
 child = os.fork()
 if child == 0:
     try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except RuntimeError:
+        os._exit(3)
+    try:
         os._exit(0 if call(load()) == "right" else 1)
     finally:
         os._exit(2)
@@ -165,7 +169,10 @@ status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 print(status, call(load()))
 """
     # OpenMP's threads do not survive a fork: torch's own operators would wait for them.
-    assert python(script, OMP_NUM_THREADS="1") == ["0", "right"]
+    status, of_parent = python(script, OMP_NUM_THREADS="1")
+    if before and status == "3":  # where there is a GPU, after a backward
+        pytest.skip("torch's own autograd does not survive a fork here")
+    assert (status, of_parent) == ("0", "right")
 
 
 def work(rank):
