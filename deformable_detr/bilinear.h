@@ -113,7 +113,7 @@ struct Coordinate {
 
   MSDA_HOST_DEVICE void split(const Exact<acc_t>& pixel) {
     floor = std::floor(pixel.rounded);
-    floor -= (pixel.rounded == floor) & (pixel.rest < 0) ? acc_t(1) : acc_t(0);
+    floor -= ((pixel.rounded == floor) & (pixel.rest < 0)) ? acc_t(1) : acc_t(0);
     fraction = (pixel.rounded - floor) + pixel.rest;
   }
 
@@ -128,7 +128,7 @@ struct Coordinate {
     const bool inside = (pixel > 0) & (pixel < last);
     const int32_t clamped = pixel >= last ? size - 1 : 0;
     const int32_t index = inside ? static_cast<int32_t>(inside ? pixel : acc_t(0)) : clamped;
-    return (floor - floor == 0) & (size > 0) ? index : kOutside;
+    return ((floor - floor == 0) & (size > 0)) ? index : kOutside;
   }
 };
 
@@ -150,7 +150,8 @@ struct Corners {
   // There are no branches, so that the compiler vectorises a loop over points.
   MSDA_HOST_DEVICE Corners(const Coordinate<acc_t>& x, const Coordinate<acc_t>& y,
                            const Level& level) {
-    const bool touches = x.touches(level.width) & y.touches(level.height);
+    const bool touches_x = x.touches(level.width), touches_y = y.touches(level.height);
+    const bool touches = touches_x & touches_y;
     right = touches ? x.fraction : acc_t(0);
     down = touches ? y.fraction : acc_t(0);
     // A point that touches no pixel is put where neither its column and row nor the next are
@@ -161,10 +162,10 @@ struct Corners {
     const bool west = is_inside(column, level.width), east = is_inside(column + 1, level.width);
     const bool north = is_inside(row, level.height), south = is_inside(row + 1, level.height);
     const int32_t nw = level.start + row * level.width + column;
-    pixel[0] = north & west ? nw : kOutside;
-    pixel[1] = north & east ? nw + 1 : kOutside;
-    pixel[2] = south & west ? nw + level.width : kOutside;
-    pixel[3] = south & east ? nw + level.width + 1 : kOutside;
+    pixel[0] = (north & west) ? nw : kOutside;
+    pixel[1] = (north & east) ? nw + 1 : kOutside;
+    pixel[2] = (south & west) ? nw + level.width : kOutside;
+    pixel[3] = (south & east) ? nw + level.width + 1 : kOutside;
   }
 
   // Nearest sampling has its pixel as nw, with a corner weight of one; the others are outside.

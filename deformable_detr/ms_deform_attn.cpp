@@ -85,7 +85,8 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
   const ScalarType weights_dtype = inputs.weights.tensor.scalar_type();
   const auto reference_dtype =
       inputs.reference_points ? inputs.reference_points->scalar_type() : ScalarType::Float;
-  BackwardParams params{inputs.check_and_align()};
+  BackwardParams params{};
+  static_cast<Params&>(params) = inputs.check_and_align();
   params.grad_output = inputs.grad_output->data_ptr();
   params.deterministic = deterministic;
 

@@ -69,7 +69,7 @@ template <bool fused, typename acc>
 MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count, int32_t* row) {
   const acc *y = points.y.data(), *y_rest = points.y_rest.data();
   const acc last = static_cast<acc>(height - 1);
-#pragma GCC ivdep
+  MSDA_NO_ALIASES
   for (int32_t i = 0; i < count; ++i) {
     const acc north = coordinate<fused>(y, y_rest, i, height).floor;
     const acc not_below = north < last ? north : last;
@@ -96,7 +96,7 @@ MSDA_INLINE void find_in_tile(const Tile& tile, int32_t padded, int32_t count,
   const uint32_t begin = tile.first_pixel(), pixels = tile.pixels_with_halo();
   const int32_t first_row = tile.first_row, last_row = tile.last_row;
   const int64_t stride = 2 * int64_t(padded);
-#pragma GCC ivdep
+  MSDA_NO_ALIASES
   for (int32_t i = 0; i < count; ++i) {
     int32_t any = 0;
 #pragma GCC unroll 4
@@ -151,7 +151,7 @@ MSDA_INLINE void differentiate_points(const Tile& tile, Method method, int32_t c
   const Level level = tile.level;
   // Selected, not multiplied by zero, which makes NaN of what is not finite.
   const bool bilinear = method == Method::bilinear;
-#pragma GCC ivdep
+  MSDA_NO_ALIASES
   for (int32_t i = 0; i < count; ++i) {
     Corners<acc> corners;
     corners.right = right[i];
@@ -247,7 +247,7 @@ void fuse_rows(const Params& p, const std::vector<Level>& levels, int64_t first,
   using acc = acc_t<scalar_t>;
   const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
   const Points<acc> points(rows_of_block * p.points, true);
-  const Fusion<acc> fusion(p, levels, rows_of_block * p.points);
+  const Fusion<acc> fusion(levels, rows_of_block * p.points);
   set_levels(p, levels, rows_of_block, points);
 
   int64_t piece;

@@ -56,4 +56,11 @@ inline Capability capability() {
 
 #define MSDA_INLINE inline __attribute__((always_inline))
 
+// Before a loop: what it writes is not what it reads in another turn, so that it is vectorised.
+#if defined(__clang__)
+#define MSDA_NO_ALIASES
+#else
+#define MSDA_NO_ALIASES _Pragma("GCC ivdep")
+#endif
+
 }  // namespace ms_deform_attn::cpu

@@ -71,7 +71,7 @@ MSDA_INLINE void find_pixels(const Params& p, int64_t row, int32_t rows, const P
     const int32_t* pixel = points.pixel[corner].data();
     const int64_t* from = origin.data();
     int64_t* to = offset[corner].data();
-#pragma GCC ivdep
+    MSDA_NO_ALIASES
     for (int32_t i = 0; i < rows * p.points; ++i) {
       to[i] = pixel[i] == kOutside ? outside : from[i] + pixel[i] * pixel_stride;
     }
@@ -88,7 +88,7 @@ void forward(const Params& p, const std::vector<Level>& levels, Work& work) {
   const int32_t capacity = rows_of_block * p.points + kPointsAhead;
 
   const Points<acc> points(capacity, p.fused());
-  const Fusion<acc> fusion(p, levels, points.fused ? capacity : 0);
+  const Fusion<acc> fusion(levels, points.fused ? capacity : 0);
   const Array<int64_t> offset[4] = {capacity, capacity, capacity, capacity};
   const Array<int64_t> origin(capacity);
   set_levels(p, levels, rows_of_block, points);

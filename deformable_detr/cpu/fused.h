@@ -34,16 +34,16 @@ MSDA_INLINE void softmax(acc* x, int32_t rows, int32_t size) {
     acc* of_row = x + row * size;
     acc largest = of_row[0];
     for (int32_t i = 1; i < size; ++i) largest = std::max(largest, of_row[i]);
-#pragma GCC ivdep
+    MSDA_NO_ALIASES
     for (int32_t i = 0; i < size; ++i) of_row[i] -= largest;
   }
-#pragma GCC ivdep
+  MSDA_NO_ALIASES
   for (int32_t i = 0; i < rows * size; ++i) x[i] = exponential(x[i]);
   for (int32_t row = 0; row < rows; ++row) {
     acc* of_row = x + row * size;
     acc sum = 0;
     for (int32_t i = 0; i < size; ++i) sum += of_row[i];
-#pragma GCC ivdep
+    MSDA_NO_ALIASES
     for (int32_t i = 0; i < size; ++i) of_row[i] /= sum;
   }
 }
@@ -53,7 +53,7 @@ MSDA_INLINE void softmax(acc* x, int32_t rows, int32_t size) {
 // Each point's reference point, and how many pixels an offset of one moves it.
 template <typename acc>
 struct Fusion {
-  Fusion(const Params& p, const std::vector<Level>& levels, int64_t capacity)
+  Fusion(const std::vector<Level>& levels, int64_t capacity)
       : levels(levels),
         reference{capacity, capacity},
         extent{capacity, capacity},
@@ -96,7 +96,7 @@ MSDA_INLINE void fuse_points(const Params& p, int64_t first, int32_t rows,
   for (int32_t axis = 0; axis < 2; ++axis) {
     const acc* reference = fusion.reference[axis].data();
     const acc *extent = fusion.extent[axis].data(), *extent_rest = fusion.extent_rest[axis].data();
-#pragma GCC ivdep
+    MSDA_NO_ALIASES
     for (int32_t k = 0; k < i; ++k) {
       const Exact<acc> move = multiply(at[axis][k], Exact<acc>{extent[k], extent_rest[k]});
       const Exact<acc> pixel = moved_pixel(reference[k], size[axis][k], move);

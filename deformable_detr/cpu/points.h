@@ -53,7 +53,7 @@ MSDA_INLINE void read_operand(const void* tensor, const Selection& selection, in
     const stored_t* from =
         static_cast<const stored_t*>(tensor) + selection.first * parts + row * stride;
     prefetch<false>(from, stride, size * parts);
-#pragma GCC ivdep
+    MSDA_NO_ALIASES
     for (int32_t i = 0; i < size; ++i) {
 #pragma GCC unroll 2
       for (int32_t part = 0; part < parts; ++part) {
@@ -127,7 +127,7 @@ MSDA_INLINE void place_points(const Points<acc>& points, int32_t count) {
   acc* const share[4] = {points.share[0].data(), points.share[1].data(), points.share[2].data(),
                          points.share[3].data()};
   acc *right = points.right.data(), *down = points.down.data();
-#pragma GCC ivdep
+  MSDA_NO_ALIASES
   for (int32_t i = 0; i < count; ++i) {
     const Corners<acc> corners(coordinate<fused>(x, x_rest, i, width[i]),
                                coordinate<fused>(y, y_rest, i, height[i]),

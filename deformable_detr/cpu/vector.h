@@ -80,14 +80,10 @@ MSDA_INLINE Bits16 from_float(Vector<float> x, half_t) {
 // -------------------------------------------------------------------------------- load and store
 
 // The others are computed with as they are stored.
-template <typename acc>
-MSDA_INLINE Vector<acc> to_float(Vector<acc> x, acc) {
-  return x;
-}
-template <typename acc>
-MSDA_INLINE Vector<acc> from_float(Vector<acc> x, acc) {
-  return x;
-}
+MSDA_INLINE Vector<float> to_float(Vector<float> x, float) { return x; }
+MSDA_INLINE Vector<double> to_float(Vector<double> x, double) { return x; }
+MSDA_INLINE Vector<float> from_float(Vector<float> x, float) { return x; }
+MSDA_INLINE Vector<double> from_float(Vector<double> x, double) { return x; }
 template <typename scalar_t>
 using Stored =
     std::conditional_t<std::is_same_v<scalar_t, acc_t<scalar_t>>, Vector<acc_t<scalar_t>>, Bits16>;

@@ -105,7 +105,7 @@ class Work {
 
 // A large tensor comes fresh from the system, which hands it out and clears it page by page as it
 // is first written. Larger pages make that four times faster, and take no more memory.
-inline void prefer_huge_pages(void* data, int64_t bytes) {
+inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & -kHugePage;
