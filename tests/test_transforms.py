@@ -482,6 +482,19 @@ def test_gradients_of_vmap(kernel, device, operator):
         assert relative_error(grad, torch.stack(wanted)) < 1e-12
 
 
+def test_vmap_over_no_problems(kernel, device, operator):
+    """An empty result of the right shape, as of the eager definition; gradients, too."""
+    inputs = OPERATORS[operator](SMALL, torch.float32, device)
+    x = [tensor.new_empty(0, *tensor.shape) for tensor in inputs.differentiable()]
+    for transform in (torch.vmap, lambda f: torch.vmap(grad(loss(f), x))):
+        results = [
+            tree_leaves(transform(as_function(module, operator, inputs))(*x))
+            for module in (kernel, kernel.reference)
+        ]
+        for actual, expected in zip(*results):
+            assert actual.numel() == 0 and actual.shape == expected.shape
+
+
 def test_vmap_over_level_metadata_is_refused(kernel, device, operator):
     _, stacked, in_dims = problems(operator, device)
     stacked[1] = stacked[1].expand(3, -1, -1)
