@@ -10,7 +10,7 @@
 // * The plan cuts. A level has at least `min_slices` slices of kMinCutPixels or more: so many that
 //   its points, were they spread evenly, would fit.
 // * The block halves. A slice of more than `sum_pixels` pixels near which more points lie is cut in
-//   two along its longer side, again and again, and each part is looked at anew.
+//   two along its longer side, again and again, and the search starts again in each part.
 // * The block works in rounds. The sums of a slice of at most `sum_pixels` pixels stay in shared
 //   memory while the block takes as many points at a time as there is room for. With more than
 //   kMaxHeld points in a level all slices are that small, so that none is halved: looking for

@@ -140,7 +140,7 @@ def _factories_are_plain() -> bool:
 
 # The tensors of the first _MOST sizes, for ever: a captured CUDA graph holds an entry's address but
 # no reference to it, and another stream may still read what would be freed. An entry takes 1 kB of
-# GPU memory, and a model sees one for each image size. Later sizes are made anew at each call.
+# GPU memory, and a model sees one for each image size. Those of later sizes are made at each call.
 _kept = {}
 _MOST = 4096
 

@@ -51,8 +51,9 @@ class _Build:
 def _use_loaded_ops() -> _Build:
     """If the process has this build's ops, has ``_ops`` use them in place of another library.
 
-    That happens where this package is imported anew, from a copy of its folder. To load the library
-    again would end the process: torch's StableLibrary does not notice that its namespace is taken.
+    That happens if this package is imported a second time, from a copy of its folder. To load the
+    library again would end the process: torch's StableLibrary does not notice that its namespace is
+    taken.
     """
     build = _Build(Path(__file__).parent)
     if build.id.endswith("_dirty"):
