@@ -170,6 +170,8 @@ WRONG = [
           "4294967296 heads", "below 2^28"),
     Wrong("spatial_shapes", "many_levels", expanded(2**32 + 2, 2), "4294967298 levels",
           "fewer than 2^31"),
+    Wrong(LOCATIONS, "many_points", expanded(2, 13, 2, 2, 2**29, 2), "536870912 points in each",
+          "fewer than 2^30"),
     Wrong("reference_points", "many_levels", expanded(2, 13, 2**32 + 2, 2), "4294967298 levels",
           "expected levels=2 or 1"),
 
