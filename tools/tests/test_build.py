@@ -37,6 +37,8 @@ PACKAGE = ROOT / "torch-ext" / KERNEL.package
 
 each_backend = pytest.mark.parametrize("backend", KERNEL.backends)
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: path.name)
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+each_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 each_module = pytest.mark.parametrize(
     "module", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name
 )
@@ -182,9 +184,31 @@ def test_the_repository_on_the_hub_is_named_once() -> None:
     assert named == {KERNEL.repo_id}
 
 
+@each_workflow
+def test_actions_are_pinned_and_jobs_end(workflow: Path) -> None:
+    """By commit, but for an action whose commits could not be seen. GitHub's limit is 6 hours."""
+    text = workflow.read_text()
+    actions = set(re.findall(r"uses: (\S+)", text)) - {"huggingface/hf-jobs-action@main"}
+    assert actions
+    for action in actions:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action), action
+    limits = [int(minutes) for minutes in re.findall(r"^    timeout-minutes: (\d+)", text, re.M)]
+    assert len(limits) == len(re.findall(r"^    runs-on:", text, re.M))
+    assert all(0 < minutes <= 360 for minutes in limits)
+
+
+@each_workflow
+def test_scripts_of_workflows_stop_at_an_error(workflow: Path) -> None:
+    """The script of a job on the Hub is sh's; `run:` is bash's, by the workflow's defaults."""
+    text = workflow.read_text()
+    scripts = re.findall(r"script: \|\n((?: {12}.*\n)+)", text)
+    for script in scripts:
+        assert script.split("\n")[1].strip() == "set -eu"
+    assert scripts or "shell: bash -euo pipefail {0}" in text
+
+
 def test_workflows_name_what_exists() -> None:
-    workflows = [*(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / ".ci" / "run"]
-    text = "\n".join(file.read_text() for file in workflows)
+    text = "\n".join(file.read_text() for file in (*WORKFLOWS, ROOT / ".ci" / "run"))
     named = set(re.findall(r"tools/\w+\.py|requirements[\w-]*\.txt", text))
     assert len(named) > 3
     assert [name for name in named if not (ROOT / name).is_file()] == []
