@@ -58,7 +58,7 @@ inline Capability capability() {
 
 // Before a loop: what it writes is not what it reads in another turn, so that it is vectorised.
 #if defined(__clang__)
-#define MSDA_NO_ALIASES
+#define MSDA_NO_ALIASES _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define MSDA_NO_ALIASES _Pragma("GCC ivdep")
 #endif

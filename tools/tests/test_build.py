@@ -97,6 +97,23 @@ def test_an_unknown_key_is_named(checkout: builder.Kernel) -> None:
         builder.Kernel.open(checkout.root)
 
 
+@pytest.mark.parametrize("name", ["g++", "clang++"])
+def test_the_cpu_sources_compile_without_a_warning(name: str, tmp_path: Path) -> None:
+    """By GCC, and by clang, which compiles the variant for Macs."""
+    compiler = shutil.which(name)
+    if compiler is None:
+        pytest.skip(f"{name} is missing")
+    (tmp_path / "registration.h").write_text(builder.REGISTRATION_H)
+    variant = builder.Variant(KERNEL, "cpu", "variant", [], None, "id")
+    flags = builder.compiler_flags(variant, compiler, verbose=False)[".cpp"]
+    flags += ["-DTORCH_EXTENSION_NAME=id", f"-I{tmp_path}", "-I.", "-fsyntax-only", "-Werror"]
+    for section in KERNEL.sections("cpu"):
+        sources = [source for source in section["src"] if source.endswith(".cpp")]
+        command = [compiler, *flags, *section.get("cxx-flags", []), *sources]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_flake_lock_is_consistent() -> None:
     lock = json.loads((ROOT / "flake.lock").read_text())
     nodes = lock["nodes"]
