@@ -369,6 +369,20 @@ def test_derivatives_of_each_dtype(kernel, device, operator, name, dtype):
         assert relative_error(actual, expected) <= TOLERANCES[dtype]
 
 
+def test_a_tensor_that_outlived_its_transform(kernel, device, operator):
+    """Its gradient is that of the tensor it was made of."""
+    results = []
+    for module in (kernel, kernel.reference):
+        inputs = OPERATORS[operator](TINY, torch.float64, device)
+        value, *others = leaves(inputs.differentiable())
+        kept = []
+        torch.func.grad(lambda value: kept.append(value) or value.sum())(value)  # noqa: B023
+        output = as_function(module, operator, inputs)(*kept, *others)
+        results.append(torch.autograd.grad(output.square().sum(), [value, *others]))
+    for actual, expected in zip(*results):
+        assert relative_error(actual, expected) < 1e-11
+
+
 def test_inference_mode(kernel, device, operator):
     inputs = OPERATORS[operator](SMALL, torch.float32, device)
     expected = getattr(kernel, operator)(*inputs.args)
@@ -400,37 +414,44 @@ def test_what_needs_no_gradient_is_not_asked_for(kernel, device, index):
 
 
 RUN_WITHOUT = """
-import sys
+import operator, sys
 import pytest, torch
-from torch.autograd import forward_ad
-owner = {"torch._C": torch._C, "forward_ad": forward_ad}[sys.argv[1]]
-taken = getattr(owner, sys.argv[2])
-delattr(owner, sys.argv[2])
+import torch.autograd.forward_ad
+names, *arguments = sys.argv[1:]
+taken = []
+for name in names.split():
+    owner, name = operator.attrgetter(name.rpartition(".")[0])(torch), name.rpartition(".")[2]
+    taken.append((owner, name, getattr(owner, name)))
+    delattr(owner, name)
 import conftest
-setattr(owner, sys.argv[2], taken)  # torch itself uses it
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[3:]]))
+for attribute in taken:
+    setattr(*attribute)  # torch itself uses it
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *arguments]))
 """
 
 
 @pytest.mark.parametrize(
-    "owner, name",
+    "names",
     [
-        ("torch._C", "_AutoDispatchBelowAutograd"),
-        ("torch._C", "_are_functorch_transforms_active"),
-        ("forward_ad", "_current_level"),
+        "_C._AutoDispatchBelowAutograd",
+        "_C._are_functorch_transforms_active",
+        "autograd.forward_ad._current_level",
+        "_C._is_tracing _C._functorch.is_dead_tensor_wrapper",
     ],
 )
-def test_without_a_private_name_of_torch(owner, name):
-    """All derivatives above in eager mode, and some calls that are compiled."""
+def test_without_private_names_of_torch(names):
+    """Derivatives of all kinds in eager mode, and some calls that are compiled or traced."""
     here = Path(__file__).parent
     tests = [
         f"{here / 'test_transforms.py'}",
         f"{here / 'test_compile.py'}::test_fullgraph_without_inductor",
+        f"{here / 'test_compile.py'}::test_trace_that_records_gradients",
         "-k",
-        "(bilinear or test_autograd or test_vmap or fullgraph) and not hessian and not linearize",
+        "(bilinear or test_autograd or test_vmap or outlived or test_compile) "
+        "and not hessian and not linearize",
     ]
     run = subprocess.run(
-        [sys.executable, "-c", RUN_WITHOUT, owner, name, *tests],
+        [sys.executable, "-c", RUN_WITHOUT, names, *tests],
         cwd=here, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]

@@ -1,7 +1,8 @@
 """How a call reaches its native op, and what autograd and torch.func are told of it.
 
 A call takes one of four routes:
-* Under torch.compile and torch.export, the op itself; see registrations.py.
+* Under torch.compile, torch.export and torch.jit.trace, whose programs hold ops, no Python: the op
+  itself; see registrations.py.
 * Under a transform of torch.func and in forward-mode AD, ``Transformed``.
 * Where gradients are to be recorded, ``Recorded``, which is the same without what only transforms
   need: torch.autograd.Function takes some 25 us less if it has no setup_context.
@@ -9,65 +10,70 @@ A call takes one of four routes:
 """
 
 import sys
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 
 from . import private
-from .operations import Forward, Operation, function_of
+from .operations import Forward, Operation, eager_function
 
 
-def call(operation: Operation, *args):
-    """The result of ``operation``, with whatever gradients and transforms the caller wants."""
-    if torch.compiler.is_compiling():
+def call(operation: Operation, tensors: Tuple, options: Tuple, by_op: bool = False):
+    """The result of ``operation``, with whatever gradients and transforms the caller wants.
+
+    by_op: whether a call of the op itself comes here, to have its gradients recorded.
+    """
+    if not by_op and torch.compiler.is_compiling():
         from . import compiled
 
         if private.transforms_active():
-            return compiled.transformed(operation.name, *args)
-        return operation.op(*args)
+            return compiled.transformed(operation.name, options, *tensors)
+        return operation.op(*tensors, *options)
     try:
-        return call_eagerly(operation, args)
+        if private.transforms_active() or private.dual_levels._current_level >= 0:
+            return _call_transformed(operation, tensors, options)
+        if torch.is_grad_enabled():
+            for position in operation.differentiable:
+                if getattr(tensors[position], "requires_grad", False):
+                    if private.is_tracing():
+                        return operation.op(*tensors, *options)
+                    return _record((operation, options), *tensors)
+        with private.below_autograd():
+            return operation.op(*tensors, *options)
     except RuntimeError as error:
-        if _has_unknown_tensors(args):
+        if _has_unknown_tensors(tensors):
             from . import sharding  # noqa: F401
 
-            return call_eagerly(operation, args)
-        clearer = _name_the_argument(operation, args)
+            return call(operation, tensors, options, by_op)
+        clearer = _name_the_argument(operation, tensors)
         if clearer is None:
             raise
         raise clearer from error
 
 
-def call_eagerly(operation, args):
-    if private.transforms_active() or private.dual_levels._current_level >= 0:
-        try:
-            return Transformed.apply(operation, *args)
-        except RuntimeError as error:
-            # torch.func.functionalize takes ops, which write to nothing here, but no Function.
-            if "Functionalize rule" not in str(error):
-                raise
-            return operation.op(*args)
-    if torch.is_grad_enabled():
-        for position in operation.differentiable:
-            if getattr(args[position], "requires_grad", False):
-                if torch.jit.is_tracing():  # a trace holds ops, no Python
-                    return operation.op(*args)
-                return Recorded.apply(operation, *args)
-    with private.below_autograd():
-        return operation.op(*args)
+def _call_transformed(operation, tensors, options):
+    if private.is_tracing():
+        return operation.op(*tensors, *options)
+    try:
+        return Transformed.apply((operation, options), *tensors)
+    except RuntimeError as error:
+        # torch.func.functionalize takes ops, which write to nothing here, but no Function.
+        if "Functionalize rule" not in str(error):
+            raise
+        return operation.op(*tensors, *options)
 
 
-def _has_unknown_tensors(args) -> bool:
+def _has_unknown_tensors(tensors) -> bool:
     """Whether there are DTensors, and sharding.py, which has the rules for them, is not loaded."""
     dtensors = sys.modules.get("torch.distributed.tensor")
     if dtensors is None or f"{__package__}.sharding" in sys.modules:
         return False
-    return any(isinstance(arg, dtensors.DTensor) for arg in args)
+    return any(isinstance(tensor, dtensors.DTensor) for tensor in tensors)
 
 
-def _name_the_argument(operation, args) -> Optional[RuntimeError]:
+def _name_the_argument(operation, tensors) -> Optional[RuntimeError]:
     """An error with the argument's name, for a call that PyTorch refused without giving it."""
-    for name, tensor in zip(operation.tensors, args):
+    for name, tensor in zip(operation.tensors, tensors):
         if tensor is None:
             return RuntimeError(f"{name} is None, expected a tensor")
         if not isinstance(tensor, torch.Tensor):
@@ -86,58 +92,48 @@ def _name_the_argument(operation, args) -> Optional[RuntimeError]:
     return None
 
 
-def save(ctx, operation, args):
-    """Keeps what ``gradients`` needs of a call."""
-    count = len(operation.tensors)
-    ctx.save_for_backward(*args[:count])
-    ctx.call = operation, args[count:]
-
-
-def gradients(ctx, needs_input_grad, grad_outputs):
-    """The gradient of each argument of a call, or None.
+def gradients(ctx, grad_outputs, first):
+    """The gradient of each input of a call, or None where it is not needed.
 
     Args:
-        ctx: what ``save`` has seen.
-        needs_input_grad: for each argument, whether its gradient is wanted.
+        ctx: has the call's tensors saved, and its operation and options in ``call``.
         grad_outputs: one for each result.
+        first: the position of the first tensor among the inputs.
     """
     operation, options = ctx.call
-    grads = [None] * len(needs_input_grad)
+    needs = ctx.needs_input_grad
     if isinstance(operation, Forward):
-        backward = operation.backward
-        needs = tuple([needs_input_grad[position] for position in operation.differentiable])
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        args = (
-            *ctx.saved_tensors,
-            *grad_outputs,
-            *options,
-            *backward.request(needs),
-            deterministic,
-        )
-        found = zip(operation.differentiable, call(backward, *args))
+        backward, positions = operation.backward, operation.differentiable
+        request = backward.request(needs[first:])
+        options = (*options, *request, torch.are_deterministic_algorithms_enabled())
+        found = call(backward, (*ctx.saved_tensors, *grad_outputs), options)
     else:
-        args = (*ctx.saved_tensors, *options)
-        positions = [i for i in operation.differentiable if needs_input_grad[i]]
-        function, inputs = function_of(operation.eager, args, positions)
-        found = zip(positions, torch.func.vjp(function, *inputs)[1](tuple(grad_outputs)))
-    for position, grad in found:
-        if needs_input_grad[position]:
-            grads[position] = grad
-    return grads
+        positions = [position for position in operation.differentiable if needs[first + position]]
+        function, inputs = eager_function(operation, ctx.saved_tensors, options, positions)
+        found = torch.func.vjp(function, *inputs)[1](tuple(grad_outputs))
+    grads = [None] * len(needs)
+    for position, grad in zip(positions, found):
+        if needs[first + position]:
+            grads[first + position] = grad
+    return tuple(grads)
 
 
 class Recorded(torch.autograd.Function):
     """A call outside of transforms that records its gradients."""
 
     @staticmethod
-    def forward(ctx, operation, *args):
-        save(ctx, operation, args)
+    def forward(ctx, call, *tensors):
+        ctx.call = operation, options = call
+        ctx.save_for_backward(*tensors)
         with private.below_autograd():
-            return operation.op(*args)
+            return operation.op(*tensors, *options)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        return None, *gradients(ctx, ctx.needs_input_grad[1:], grad_outputs)
+        return gradients(ctx, grad_outputs, first=1)
+
+
+_record = private.fast_apply(Recorded)
 
 
 class Transformed(torch.autograd.Function):
@@ -147,24 +143,24 @@ class Transformed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(operation, *args):
+    def forward(call, *tensors):
+        operation, options = call
         with private.below_autograd():
-            return operation.op(*args)
+            return operation.op(*tensors, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        operation, *args = inputs
-        save(ctx, operation, args)
-        ctx.save_for_forward(*args[: len(operation.tensors)])
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     backward = Recorded.backward
 
     @staticmethod
     def jvp(ctx, _, *tangents):
         operation, options = ctx.call
-        args = (*ctx.saved_tensors, *options)
         positions = [i for i in operation.differentiable if tangents[i] is not None]
-        function, primals = function_of(operation.eager, args, positions)
+        function, primals = eager_function(operation, ctx.saved_tensors, options, positions)
         # The pullback is linear, and its transpose multiplies tangents by the Jacobian. (Levels of
         # torch.autograd.forward_ad do not nest, so that torch.func.jvp is of no use inside one.)
         outputs, pullback = torch.func.vjp(function, *primals)
@@ -173,33 +169,37 @@ class Transformed(torch.autograd.Function):
         return transposed(tuple(tangents[i] for i in positions))[0]
 
     @staticmethod
-    def vmap(info, in_dims, operation, *args):
-        return over_problems(operation, call, info, in_dims[1:], args)
+    def vmap(info, in_dims, call_, *tensors):
+        operation, options = call_
+        return over_problems(operation, call, info, in_dims[1:], tensors, options)
 
 
-def over_problems(operation, function, info, in_dims, args):
-    """vmap's rule: ``function(operation, *args)`` for many problems, which are put into one batch.
+def over_problems(operation, function, info, in_dims, tensors, options):
+    """vmap's rule: ``function(operation, tensors, options)`` for many problems, as one batch.
 
-    info, in_dims: as ``torch.library.register_vmap`` describes them. Returns the results and their
-    dimensions of problems.
+    Args:
+        info, in_dims: as ``torch.library.register_vmap`` describes them.
+
+    Returns:
+        The results, and for each the dimension of the problems.
     """
     problems = info.batch_size
 
-    def fold(tensor, dim):
+    def move(tensor, dim):
         if dim is None:
             return tensor.expand(problems, *tensor.shape)
         return tensor.movedim(dim, 0)
 
-    folded = list(args)
+    tensors = list(tensors)
     for position, name in enumerate(operation.tensors):
         if position in operation.differentiable:
-            folded[position] = fold(args[position], in_dims[position])
+            tensors[position] = move(tensors[position], in_dims[position])
         elif in_dims[position] is not None:
             raise RuntimeError(f"{name} is vmapped, expected the same for all problems")
-    batch = folded[0].shape[1]
+    batch = tensors[0].shape[1]
     for position in operation.differentiable:
-        folded[position] = folded[position].flatten(0, 1)
-    results = function(operation, *folded)
+        tensors[position] = tensors[position].flatten(0, 1)
+    results = function(operation, tuple(tensors), options)
 
     def unfold(result):
         return result.unflatten(0, (problems, result.shape[0] // problems if problems else batch))

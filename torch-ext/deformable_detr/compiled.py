@@ -13,6 +13,6 @@ if torch.distributed.is_available():
 
 
 @torch.compiler.allow_in_graph
-def transformed(name, *args):
+def transformed(name, options, *tensors):
     """``Transformed``, which AOTAutograd can trace. TorchDynamo cannot, as it has a ``jvp``."""
-    return Transformed.apply(OPERATIONS[name], *args)
+    return Transformed.apply((OPERATIONS[name], options), *tensors)

@@ -65,16 +65,14 @@ def ms_deform_attn(
         NotImplementedError: a tensor is sparse, nested or quantized.
         ValueError: ``method`` is unknown.
     """
-    return call(
-        PLAIN,
+    tensors = (
         _autocast(value),
         spatial_shapes,
         level_start_index,
         sampling_locations,
         attention_weights,
-        points_per_level,
-        _is_nearest(method),
     )
+    return call(PLAIN, tensors, (points_per_level, _is_nearest(method)))
 
 
 def fused_ms_deform_attn(
@@ -119,18 +117,15 @@ def fused_ms_deform_attn(
         RuntimeError, NotImplementedError, ValueError: as for ``ms_deform_attn``; also if
             ``reference_points`` have neither 2 nor 4 coordinates.
     """
-    return call(
-        FUSED,
+    tensors = (
         _autocast(value),
         spatial_shapes,
         level_start_index,
         reference_points,
         sampling_offsets,
         attention_logits,
-        points_per_level,
-        _is_nearest(method),
-        offset_scale,
     )
+    return call(FUSED, tensors, (points_per_level, _is_nearest(method), offset_scale))
 
 
 def _is_nearest(method: str) -> bool:
@@ -168,9 +163,8 @@ def ms_deform_attn_forward(
     ``im2col_step`` is accepted for compatibility and ignored: there is no column buffer to split,
     so any batch size works.
     """
-    return call(
-        PLAIN, value, spatial_shapes, level_start_index, sampling_loc, attn_weight, None, False
-    )
+    tensors = (value, spatial_shapes, level_start_index, sampling_loc, attn_weight)
+    return call(PLAIN, tensors, PLAIN.defaults)
 
 
 @also_named(**OF_EXTENSIONS)
@@ -196,17 +190,6 @@ def ms_deform_attn_backward(
     Raises:
         RuntimeError, NotImplementedError: as for ``ms_deform_attn``.
     """
-    return list(
-        call(
-            PLAIN.backward,
-            value,
-            spatial_shapes,
-            level_start_index,
-            sampling_loc,
-            attn_weight,
-            grad_output,
-            None,
-            False,
-            torch.are_deterministic_algorithms_enabled(),
-        )
-    )
+    tensors = (value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output)
+    options = (*PLAIN.defaults, torch.are_deterministic_algorithms_enabled())
+    return list(call(PLAIN.backward, tensors, options))

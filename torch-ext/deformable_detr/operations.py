@@ -1,7 +1,7 @@
 """The two operators and their gradients: each described once, for autograd, vmap and compilers.
 
 An ``Operation`` is a native op together with the eager definition of what it computes. Both take
-the op's arguments: tensors first, then options.
+the same tensors and options; the op takes them as one list of arguments, tensors first.
 """
 
 from typing import Callable, Tuple
@@ -24,7 +24,7 @@ class Operation:
     """
 
     def __init__(self, name: str, tensors: Tuple[str, ...], defaults: Tuple):
-        self.op = getattr(ops, name)
+        self.op = getattr(ops, name).default
         self.op_name, self.name = name, add_op_namespace_prefix(name)
         self.tensors = tensors
         self.defaults = defaults
@@ -33,7 +33,7 @@ class Operation:
         self.differentiable = tuple(i for i, x in enumerate(tensors) if x not in integers)
 
     def split(self, args):
-        """The tensors among the arguments, and all options."""
+        """The tensors among the op's arguments, and all options."""
         count = len(self.tensors)
         return args[:count], (*args[count:], *self.defaults[len(args) - count :])
 
@@ -46,8 +46,8 @@ class Forward(Operation):
         self.definition = definition
         self.backward = Backward(self)
 
-    def eager(self, *args):
-        tensors, (points_per_level, nearest, *scale) = self.split(args)
+    def eager(self, tensors, options):
+        points_per_level, nearest, *scale = options
         return self.definition(
             *tensors,
             points_per_level=points_per_level and list(points_per_level),
@@ -69,38 +69,39 @@ class Backward(Operation):
         super().__init__(
             f"{forward.definition.__name__}_backward",
             (*forward.tensors, "grad_output"),
-            (*forward.defaults, *self.request((True,) * 4), False),
+            (*forward.defaults, *self.request((True,) * len(forward.tensors)), False),
         )
 
     def request(self, needs):
-        """The options that ask for the gradients whose flag is set. The plain op has none: it
-        always computes all; the fused op can leave out that of the reference points."""
-        return needs[1:2] if self.is_fused else ()
+        """The options that ask for the gradients of the operator's tensors whose flag is set. The
+        plain op has none: it always computes all; the fused op can leave out that of the reference
+        points."""
+        return (needs[3],) if self.is_fused else ()
 
     def requested(self, options):
         """A flag for each gradient: whether a call with these options computes it."""
         return (True, options[3], True, True) if self.is_fused else (True, True, True)
 
-    def eager(self, *args):
-        (*tensors, grad_output), options = self.split(args)
-        args = (*tensors, *options[: len(self.forward.defaults)])
+    def eager(self, tensors, options):
+        *tensors, grad_output = tensors
         requested = self.requested(options)
         positions = [i for i, asked in zip(self.forward.differentiable, requested) if asked]
-        function, inputs = function_of(self.forward.eager, args, positions)
+        forward_options = options[: len(self.forward.defaults)]
+        function, inputs = eager_function(self.forward, tensors, forward_options, positions)
         grads = iter(torch.func.vjp(function, *inputs)[1](grad_output))
         return tuple(next(grads) if asked else grad_output.new_zeros(0) for asked in requested)
 
 
-def function_of(function, args, positions):
-    """``function(*args)`` as a function of the arguments at ``positions``, and those arguments."""
+def eager_function(operation, tensors, options, positions):
+    """``operation.eager`` as a function of the tensors at ``positions``, and those tensors."""
 
-    def of_some(*some):
-        replaced = list(args)
-        for position, arg in zip(positions, some):
-            replaced[position] = arg
-        return function(*replaced)
+    def function(*some):
+        replaced = list(tensors)
+        for position, tensor in zip(positions, some):
+            replaced[position] = tensor
+        return operation.eager(replaced, options)
 
-    return of_some, [args[position] for position in positions]
+    return function, [tensors[position] for position in positions]
 
 
 _LEVELS = ("value", "spatial_shapes", "level_start_index")

@@ -1,7 +1,7 @@
 """The names of PyTorch that are not public, and what serves where one of them is missing.
 
-They only save time. Without them eager calls go the way of calls under transforms, which is right
-for every call.
+They only save time. Without transforms_active or dual_levels, eager calls go the way of calls under
+transforms, which is right for every call.
 """
 
 import contextlib
@@ -13,6 +13,9 @@ from torch.autograd import forward_ad
 # A context in which a call of an op skips what registrations.py tells autograd of it.
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
+# Whether torch.jit.trace is at work. The public function asks for scripting first.
+is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+
 # Whether a transform of torch.func (grad, jvp, vmap, ...) is active.
 transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -20,3 +23,26 @@ transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda
 dual_levels = forward_ad
 if not hasattr(forward_ad, "_current_level"):
     dual_levels = SimpleNamespace(_current_level=0)
+
+# Whether a tensor belongs to a transform of torch.func that has ended.
+_is_dead = getattr(torch._C._functorch, "is_dead_tensor_wrapper", None)
+
+
+def fast_apply(function):
+    """``function.apply`` for calls outside of transforms, some 3 us faster with torch up to 2.13.
+
+    There, torch.autograd.Function.apply is Python. Outside of transforms it calls that of its base
+    class, after it has unwrapped tensors of transforms that have ended.
+    """
+    if _is_dead is None or "apply" not in vars(torch.autograd.Function):
+        return function.apply
+    direct = super(torch.autograd.Function, function).apply
+
+    def apply(call, *tensors):
+        try:
+            slow = any(map(_is_dead, tensors))
+        except TypeError:  # one is no tensor, which the op will say
+            slow = True
+        return function.apply(call, *tensors) if slow else direct(call, *tensors)
+
+    return apply

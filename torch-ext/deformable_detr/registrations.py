@@ -7,7 +7,7 @@ import torch
 from torch.utils import flop_counter
 
 from . import private
-from .autograd import call_eagerly, gradients, over_problems, save
+from .autograd import call, gradients, over_problems
 from .native import add_op_namespace_prefix, ops
 from .operations import FUSED, PLAIN
 
@@ -55,9 +55,8 @@ def _register_autograd(operation):
         return
 
     def kernel(*args):
-        tensors, options = operation.split(args)
         try:
-            return call_eagerly(operation, (*tensors, *options))
+            return call(operation, *operation.split(args), by_op=True)
         except NotImplementedError as error:
             if private.transforms_active():
                 raise NotImplementedError(
@@ -74,10 +73,12 @@ def _register_autograd(operation):
 
 def _register_autograd_publicly(operation):
     def setup_context(ctx, inputs, output):
-        save(ctx, operation, inputs)
+        tensors, options = operation.split(inputs)
+        ctx.call = operation, options
+        ctx.save_for_backward(*tensors)
 
     def backward(ctx, *grad_outputs):
-        return tuple(gradients(ctx, ctx.needs_input_grad, grad_outputs))
+        return gradients(ctx, grad_outputs, first=0)
 
     torch.library.register_autograd(
         add_op_namespace_prefix(operation.op_name), backward, setup_context=setup_context
@@ -86,13 +87,13 @@ def _register_autograd_publicly(operation):
 
 def _register_vmap(operation):
     def vmap(info, in_dims, *args):
-        return over_problems(operation, _call_op, info, in_dims, args)
+        return over_problems(operation, _call_op, info, in_dims, *operation.split(args))
 
     torch.library.register_vmap(add_op_namespace_prefix(operation.op_name), vmap)
 
 
-def _call_op(operation, *args):
-    return operation.op(*args)
+def _call_op(operation, tensors, options):
+    return operation.op(*tensors, *options)
 
 
 # ------------------------------------------------------------------------------------------- FLOPs
@@ -109,8 +110,9 @@ def _register_flops(operation, per_corner):
         samples = math.prod(shapes[operation.weights])
         return per_corner * (1 if nearest else 4) * samples * value[3]
 
-    if operation.op not in flop_counter.flop_registry:
-        flop_counter.register_flop_formula(operation.op)(flops)
+    packet = getattr(ops, operation.op_name)
+    if packet not in flop_counter.flop_registry:
+        flop_counter.register_flop_formula(packet)(flops)
 
 
 # ---------------------------------------------------------------------------------- registrations

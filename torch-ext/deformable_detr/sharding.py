@@ -81,7 +81,7 @@ def _register(operation, results):
             if sharding in shardings
         ]
 
-    register_sharding(operation.op.default)(rule)
+    register_sharding(operation.op)(rule)
 
 
 for _operator in (PLAIN, FUSED):
