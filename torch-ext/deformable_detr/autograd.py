@@ -2,7 +2,7 @@
 
 A call takes one of four routes:
 * Under torch.compile, torch.export and torch.jit.trace, whose programs hold ops, no Python: the op
-  itself; see registrations.py.
+  itself; see registrations.py. Under torch.onnx.export, PyTorch's own operators; see portable.py.
 * Under a transform of torch.func and in forward-mode AD, ``Transformed``.
 * Where gradients are to be recorded, ``Recorded``, which is the same without what only transforms
   need: torch.autograd.Function takes some 25 us less if it has no setup_context.
@@ -14,7 +14,7 @@ from typing import Optional, Tuple
 
 import torch
 
-from . import private
+from . import portable, private
 from .operations import Forward, Operation, eager_function
 
 
@@ -26,6 +26,8 @@ def call(operation: Operation, tensors: Tuple, options: Tuple, by_op: bool = Fal
     if not by_op and torch.compiler.is_compiling():
         from . import compiled
 
+        if isinstance(operation, Forward) and portable.in_onnx_export():
+            return getattr(portable, operation.definition.__name__)(*tensors, *options)
         if private.transforms_active():
             return compiled.transformed(operation.name, options, *tensors)
         return operation.op(*tensors, *options)

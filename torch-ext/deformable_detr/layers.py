@@ -41,6 +41,10 @@ class MultiScaleDeformableAttention(nn.Module):
                 sampling_locations,
                 attention_weights,
             )
+        if torch.compiler.is_exporting():  # sizes in a list stay symbolic, a tensor may fix them
+            return ms_deform_attn_list(
+                value, value_spatial_shapes_list, sampling_locations, attention_weights
+            )
         return ms_deform_attn(
             value, value_spatial_shapes, level_start_index, sampling_locations, attention_weights
         )

@@ -4,6 +4,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 
+from . import portable
 from .functional import ms_deform_attn
 
 Sizes = Union[torch.Tensor, Sequence[Tuple[int, int]]]
@@ -88,6 +89,8 @@ def level_tensors(spatial_shapes: Sizes, device: torch.device):
         areas = spatial_shapes.prod(1)
         return spatial_shapes, areas.cumsum(0) - areas
     sizes = _as_tuple(spatial_shapes)
+    if portable.in_onnx_export():
+        return sizes, _starts(sizes)  # no tensors, which portable.py would have to read again
     symbolic = any(isinstance(x, torch.SymInt) for size in sizes for x in size)
     if torch.compiler.is_compiling() or symbolic or not _factories_are_plain():
         return _fill(sizes, device)

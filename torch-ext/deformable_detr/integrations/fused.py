@@ -170,11 +170,13 @@ def _attend(
                 f"encoder_hidden_states has {pixels} pixels, expected {expected}, which the levels "
                 f"{spatial_shapes_list} have"
             )
-    if spatial_shapes is None or level_start_index is None:
+    given = spatial_shapes is not None and level_start_index is not None
+    # In an export, sizes in a list stay symbolic, where a tensor may fix them.
+    if given and not (torch.compiler.is_exporting() and spatial_shapes_list is not None):
+        levels = spatial_shapes, level_start_index
+    else:
         sizes = spatial_shapes if spatial_shapes_list is None else spatial_shapes_list
         levels = level_tensors(sizes, hidden_states.device)
-    else:
-        levels = spatial_shapes, level_start_index
     if attention_mask is not None and not family.mask_marks_padding:
         attention_mask = ~attention_mask
     if position_embeddings is not None:
