@@ -1,14 +1,13 @@
-// The backward of multi-scale deformable attention on a CPU, for one instruction set: see
-// backward.cpp.
+// The backward for one instruction set: see backward.cpp.
 #include "deformable_detr/cpu/fused.h"
 
-// What a thread works with; a tile's pixels are in `pixels`, see backward.cpp.
+// What a thread keeps of its tile, and of the points of the block that it handles.
 template <typename acc>
 struct Workspace {
-  Workspace(int64_t points_of_block, bool fused, int64_t padded, int64_t pixels_of_tile)
-      : points(points_of_block, fused),
+  Workspace(int64_t points_of_block, bool in_pixels, int64_t padded, int64_t pixels_of_tile)
+      : points(points_of_block, in_pixels),
         offset{points_of_block, points_of_block, points_of_block, points_of_block},
-        row(points_of_block),
+        map_row(points_of_block),
         touched(points_of_block),
         owned(points_of_block),
         dot(4 * points_of_block),
@@ -19,17 +18,17 @@ struct Workspace {
         pixels(pixels_of_tile * 2 * padded) {}
 
   Points<acc> points;
-  Array<int64_t> offset[4];  // of the corner's pixel in `pixels`
-  Array<int32_t> row;        // of the map, that the point belongs to
-  Array<int32_t> touched;    // whether a corner is in the tile
-  Array<int32_t> owned;      // whether the tile computes the point's own gradients
-  Array<acc> dot;            // per point, of grad_output and the four corners' values
+  Array<int64_t> offset[4];  // of each corner's pixel in `pixels`
+  Array<int32_t> map_row;    // see find_map_rows
+  Array<int32_t> touched;    // whether a corner is in the tile or its halo
+  Array<int32_t> owned;      // whether the tile computes the gradients of weight and location
+  Array<acc> dot;            // products of grad_output and the values of a point's four corners
   Array<acc> grad_weight, grad_x, grad_y;
-  Array<acc> grad_output;  // of one row
-  Array<acc> pixels;       // per pixel its value, then its gradient, padded to whole registers
+  Array<acc> grad_output;  // of one (batch, query, head)
+  Array<acc> pixels;       // the value and then the gradient of each pixel, in padded channels
 };
 
-// Value of the tile's pixels into the workspace, their gradients to zero.
+// Copies the value of the tile's pixels into the workspace, and sets their gradients to zero.
 template <typename scalar_t>
 MSDA_INLINE void load_tile(const scalar_t* value, int64_t pixel_stride, int32_t channels,
                            int32_t pixels, int32_t padded, acc_t<scalar_t>* to) {
@@ -63,27 +62,29 @@ MSDA_INLINE void store_tile(const acc_t<scalar_t>* pixels, int32_t padded, int32
   stream_fence();
 }
 
-// The row of the map that a point belongs to: that of its north corners, moved into the map. So the
-// point's corners inside the map, and its nearest pixel, are in this row and the next.
-template <bool fused, typename acc>
-MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count, int32_t* row) {
+// Finds the row of the map that a point belongs to: that of its north corners, clamped to the map.
+// All corners inside the map, and the nearest pixel, lie in this row and the next.
+template <bool in_pixels, typename acc>
+MSDA_INLINE void find_map_rows(const Points<acc>& points, int32_t height, int32_t count,
+                               int32_t* map_row) {
   const acc *y = points.y.data(), *y_rest = points.y_rest.data();
   const acc last = static_cast<acc>(height - 1);
   MSDA_NO_ALIASES
   for (int32_t i = 0; i < count; ++i) {
-    const acc north = coordinate<fused>(y, y_rest, i, height).floor;
+    const acc north = coordinate<in_pixels>(y, y_rest, i, height).floor;
     const acc not_below = north < last ? north : last;
-    row[i] = static_cast<int32_t>(not_below > 0 ? not_below : acc(0));
+    map_row[i] = static_cast<int32_t>(not_below > 0 ? not_below : acc(0));
   }
 }
 
 template <typename acc>
-MSDA_INLINE void find_rows(const Points<acc>& points, int32_t height, int32_t count, int32_t* row) {
-  if (points.fused) return find_rows<true>(points, height, count, row);
-  return find_rows<false>(points, height, count, row);
+MSDA_INLINE void find_map_rows(const Points<acc>& points, int32_t height, int32_t count,
+                               int32_t* map_row) {
+  if (points.in_pixels) return find_map_rows<true>(points, height, count, map_row);
+  return find_map_rows<false>(points, height, count, map_row);
 }
 
-// Where the points' corners are in the tile.
+// Finds out which corners are in the tile, and where.
 template <typename acc>
 MSDA_INLINE void find_in_tile(const Tile& tile, int32_t padded, int32_t count,
                               const Workspace<acc>& space) {
@@ -91,10 +92,11 @@ MSDA_INLINE void find_in_tile(const Tile& tile, int32_t padded, int32_t count,
                                    space.points.pixel[2].data(), space.points.pixel[3].data()};
   int64_t* const offset[4] = {space.offset[0].data(), space.offset[1].data(),
                               space.offset[2].data(), space.offset[3].data()};
-  int32_t *row = space.row.data(), *touched = space.touched.data(), *owned = space.owned.data();
-  find_rows(space.points, tile.level.height, count, row);
+  int32_t *map_row = space.map_row.data(), *touched = space.touched.data(),
+          *owned = space.owned.data();
+  find_map_rows(space.points, tile.level.height, count, map_row);
   const uint32_t begin = tile.first_pixel(), pixels = tile.pixels_with_halo();
-  const int32_t first_row = tile.first_row, last_row = tile.last_row;
+  const int32_t top = tile.top, bottom = tile.bottom;
   const int64_t stride = 2 * int64_t(padded);
   MSDA_NO_ALIASES
   for (int32_t i = 0; i < count; ++i) {
@@ -107,15 +109,16 @@ MSDA_INLINE void find_in_tile(const Tile& tile, int32_t padded, int32_t count,
       any |= inside;
     }
     touched[i] = any;
-    owned[i] = (row[i] >= first_row ? 1 : 0) & (row[i] < last_row ? 1 : 0);
+    owned[i] = (map_row[i] >= top ? 1 : 0) & (map_row[i] < bottom ? 1 : 0);
   }
 }
 
-// The points [first, last) of a row: the corners' dot products, and grad_output added to the
-// corners' gradients, for `vectors` registers of channels.
+// For the points [first, last), which belong to one (batch, query, head), and for `vectors`
+// registers of channels: adds grad_output to the gradients of the corners, and to their dot
+// products.
 template <int32_t vectors, typename acc>
-MSDA_INLINE void visit_corners(const Workspace<acc>& space, int32_t first, int32_t last,
-                               int32_t padded, int32_t channel) {
+MSDA_INLINE void add_corners(const Workspace<acc>& space, int32_t first, int32_t last,
+                             int32_t padded, int32_t channel) {
   constexpr int32_t lanes = kLanes<acc>;
   Vector<acc> grad_output[vectors];
 #pragma GCC unroll 4
@@ -129,14 +132,14 @@ MSDA_INLINE void visit_corners(const Workspace<acc>& space, int32_t first, int32
     for (int corner = 0; corner < 4; ++corner) {
       acc* value = space.pixels.data() + space.offset[corner][i] + channel;
       acc* grad = value + padded;
-      const acc share = space.points.share[corner][i];
+      const acc weight = space.points.corner_weight[corner][i];
 #pragma GCC unroll 4
       for (int32_t v = 0; v < vectors; ++v) {
         dot[corner] += grad_output[v] * load(value + v * lanes);
-        store(grad + v * lanes, load(grad + v * lanes) + share * grad_output[v]);
+        store(grad + v * lanes, load(grad + v * lanes) + weight * grad_output[v]);
       }
     }
-    add_sums(dot, &space.dot[4 * i]);
+    add_sums(dot, &space.dot[4 * int64_t(i)]);
   }
 }
 
@@ -149,66 +152,60 @@ MSDA_INLINE void differentiate_points(const Tile& tile, Method method, int32_t c
   acc *grad_weight = space.grad_weight.data(), *grad_x = space.grad_x.data(),
       *grad_y = space.grad_y.data();
   const Level level = tile.level;
-  // Selected, not multiplied by zero, which makes NaN of what is not finite.
+  // Selected, not multiplied by zero: that makes NaN of what is not finite.
   const bool bilinear = method == Method::bilinear;
   MSDA_NO_ALIASES
   for (int32_t i = 0; i < count; ++i) {
     Corners<acc> corners;
     corners.right = right[i];
     corners.down = down[i];
-    const acc corner[4] = {dot[4 * i], dot[4 * i + 1], dot[4 * i + 2], dot[4 * i + 3]};
+    const acc* d = dot + 4 * int64_t(i);
+    const acc corner[4] = {d[0], d[1], d[2], d[3]};
     grad_weight[i] = corners.sample(corner);
     grad_x[i] = bilinear ? weight[i] * corners.d_location_x(corner, level) : acc(0);
     grad_y[i] = bilinear ? weight[i] * corners.d_location_y(corner, level) : acc(0);
   }
 }
 
-// Writes `size` points of each row, of those that the tile owns.
-template <int32_t parts, typename stored_t, typename acc>
-MSDA_INLINE void write_operand(void* tensor, const Selection& selection, int32_t size,
-                               const Workspace<acc>& space, const acc* const (&from)[parts]) {
+// Writes those of the selected points that the tile owns: see read_stored.
+template <typename stored_t, int32_t components, typename acc>
+MSDA_INLINE void write_stored(void* tensor, const Selection& selection, int32_t count,
+                              const Workspace<acc>& space, const acc* const (&from)[components]) {
   constexpr bool convert = !std::is_same_v<stored_t, acc>;
-  const stored_t* packed[parts];
-  for (int32_t part = 0; part < parts; ++part) {
+  const stored_t* packed[components];
+  for (int32_t k = 0; k < components; ++k) {
     if constexpr (convert) {
-      stored_t* stored = reinterpret_cast<stored_t*>(space.points.stored[part].data());
-      for (int32_t i = 0; i < selection.rows * size; i += kLanes<acc>) {
-        store(stored + i, load(from[part] + i));
+      stored_t* stored = reinterpret_cast<stored_t*>(space.points.stored[k].data());
+      for (int32_t i = 0; i < selection.rows * count; i += kLanes<acc>) {
+        store(stored + i, load(from[k] + i));
       }
-      packed[part] = stored;
+      packed[k] = stored;
     } else {
-      packed[part] = from[part];
+      packed[k] = from[k];
     }
   }
-  const int64_t stride = selection.stride * parts;
+  const int64_t stride = selection.stride * components;
   for (int32_t row = 0; row < selection.rows; ++row) {
-    stored_t* to = static_cast<stored_t*>(tensor) + selection.first * parts + row * stride;
-    prefetch<true>(to, stride, size * parts);
-    for (int32_t i = 0; i < size; ++i) {
-      if (!space.owned[row * size + i]) continue;
+    stored_t* to = static_cast<stored_t*>(tensor) + selection.first * components + row * stride;
+    prefetch<true>(to, stride, count * components);
+    for (int32_t i = 0; i < count; ++i) {
+      if (!space.owned[row * count + i]) continue;
 #pragma GCC unroll 2
-      for (int32_t part = 0; part < parts; ++part) {
-        to[i * parts + part] = packed[part][row * size + i];
+      for (int32_t k = 0; k < components; ++k) {
+        to[i * components + k] = packed[k][row * count + i];
       }
     }
   }
 }
 
-template <typename scalar_t>
-MSDA_INLINE void write_points(const BackwardParams& p, const Selection& selection, int32_t size,
-                              const Workspace<acc_t<scalar_t>>& space) {
-  using acc = acc_t<scalar_t>;
-  const acc* const xy[2] = {space.grad_x.data(), space.grad_y.data()};
-  const acc* const weight[1] = {space.grad_weight.data()};
-  if (p.sampling_locations.dtype == p.value_dtype) {
-    write_operand<2, scalar_t>(p.grad_sampling_locations, selection, size, space, xy);
+template <typename scalar_t, int32_t components>
+MSDA_INLINE void write_operand(void* tensor, DType dtype, const Selection& selection, int32_t count,
+                               const Workspace<acc_t<scalar_t>>& space,
+                               const acc_t<scalar_t>* const (&from)[components]) {
+  if (dtype == kDType<scalar_t>) {
+    write_stored<scalar_t>(tensor, selection, count, space, from);
   } else {
-    write_operand<2, acc>(p.grad_sampling_locations, selection, size, space, xy);
-  }
-  if (p.attention_weights.dtype == p.value_dtype) {
-    write_operand<1, scalar_t>(p.grad_attention_weights, selection, size, space, weight);
-  } else {
-    write_operand<1, acc>(p.grad_attention_weights, selection, size, space, weight);
+    write_stored<acc_t<scalar_t>>(tensor, selection, count, space, from);
   }
 }
 
@@ -221,45 +218,56 @@ MSDA_INLINE void set_level(const Level& level, const Points<acc>& points, int32_
 
 template <typename scalar_t>
 MSDA_INLINE void read_tile_coordinates(const TileParams& p, const Selection& selection,
-                                       int32_t size, const Points<acc_t<scalar_t>>& points) {
+                                       int32_t count, const Points<acc_t<scalar_t>>& points) {
   using acc = acc_t<scalar_t>;
   if (!p.in_pixels()) {
-    return read_coordinates<scalar_t>(p.sampling_locations, selection, size, points);
+    return read_coordinates<scalar_t>(p.sampling_locations, selection, count, points);
   }
-  read_coordinates<acc>({p.pixels, kDType<acc>}, selection, size, points);
-  acc* const stored[2] = {points.stored[0].data(), points.stored[1].data()};
+  read_coordinates<acc>(p.pixels, selection, count, points);
   acc* const rests[2] = {points.x_rest.data(), points.y_rest.data()};
-  read_operand<2, acc>(p.pixel_rests, selection, size, stored, rests);
+  read_stored<acc>(p.pixel_rests.data, selection, count, points, rests);
 }
 
 template <typename scalar_t>
-MSDA_INLINE void read_tile_points(const TileParams& p, const Selection& selection, int32_t size,
+MSDA_INLINE void read_tile_points(const TileParams& p, const Selection& selection, int32_t count,
                                   const Points<acc_t<scalar_t>>& points) {
-  read_tile_coordinates<scalar_t>(p, selection, size, points);
-  read_weights<scalar_t>(p.attention_weights, selection, size, points);
+  read_tile_coordinates<scalar_t>(p, selection, count, points);
+  read_weights<scalar_t>(p.attention_weights, selection, count, points);
 }
 
-// The fused operator's pixels and weights. Takes pieces of work: kFusedRows rows of the `rows` from
-// row `first` on.
+template <typename scalar_t>
+MSDA_INLINE void write_tile_points(const TileParams& p, const Selection& selection, int32_t count,
+                                   const Workspace<acc_t<scalar_t>>& space) {
+  using acc = acc_t<scalar_t>;
+  const acc* const xy[2] = {space.grad_x.data(), space.grad_y.data()};
+  const acc* const weight[1] = {space.grad_weight.data()};
+  write_operand<scalar_t>(p.grad_sampling_locations, p.sampling_locations.dtype, selection, count,
+                          space, xy);
+  write_operand<scalar_t>(p.grad_attention_weights, p.attention_weights.dtype, selection, count,
+                          space, weight);
+}
+
+// Works out the fused operator's pixels and weights. A task is kTaskRows of the `rows` (batch,
+// query, head) from number `first` on.
 template <typename scalar_t>
 void fuse_rows(const Params& p, const std::vector<Level>& levels, int64_t first, int64_t rows,
-               const FusedPoints<acc_t<scalar_t>>& to, Work& work) {
+               const FusedPoints<acc_t<scalar_t>>& to, Tasks& tasks) {
   using acc = acc_t<scalar_t>;
   const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
   const Points<acc> points(rows_of_block * p.points, true);
   const Fusion<acc> fusion(levels, rows_of_block * p.points);
   set_levels(p, levels, rows_of_block, points);
 
-  int64_t piece;
-  while (work.take(&piece)) {
-    const int64_t end = std::min(rows, (piece + 1) * kFusedRows);
-    for (int64_t row = piece * kFusedRows; row < end; row += rows_of_block) {
+  int64_t task;
+  while (tasks.take(&task)) {
+    const int64_t end = std::min(rows, (task + 1) * kTaskRows);
+    for (int64_t row = task * kTaskRows; row < end; row += rows_of_block) {
       const int32_t count = std::min<int64_t>(rows_of_block, end - row) * p.points;
-      read_points<scalar_t>(p, Selection{(first + row) * p.points, 0, 1}, count, points);
+      read_points<scalar_t>(p, Selection{(first + row) * p.points, 0, 1, count}, points);
       fuse_points<scalar_t>(p, first + row, count / p.points, fusion, points);
-      std::copy_n(points.weight.data(), count, to.weights.get() + row * p.points);
-      acc* pixels = to.pixels.get() + 2 * row * p.points;
-      acc* rests = to.pixel_rests.get() + 2 * row * p.points;
+      std::copy_n(points.weight.data(), count, to.weights.data() + row * p.points);
+      acc* pixels = to.pixels.data() + 2 * row * p.points;
+      acc* rests = to.pixel_rests.data() + 2 * row * p.points;
       for (int32_t i = 0; i < count; ++i) {
         pixels[2 * i] = points.x[i];
         pixels[2 * i + 1] = points.y[i];
@@ -270,58 +278,62 @@ void fuse_rows(const Params& p, const std::vector<Level>& levels, int64_t first,
   }
 }
 
-// Which tiles a block of queries needs. Takes pieces of work: a block of a (batch, head) each.
+// Finds the tiles that the points of a block may touch: bit t % 64 stands for tile t, so that from
+// 64 tiles on a block may be looked at in vain, but is never missed. A task is a block of a (batch,
+// head).
 template <typename scalar_t>
-void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_block, Work& work) {
+void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_block, Tasks& tasks) {
   const Points<acc_t<scalar_t>> points(tiles.points_of_block, p.in_pixels());
-  const Array<int32_t> rows_of_points(tiles.points_of_block);
-  int64_t piece;
-  while (work.take(&piece)) {
-    const int64_t head = piece % p.heads, block = piece / p.heads % tiles.blocks,
-                  batch = piece / p.heads / tiles.blocks;
+  const Array<int32_t> map_rows(tiles.points_of_block);
+  int64_t task;
+  while (tasks.take(&task)) {
+    const int64_t head = task % p.heads, block = task / p.heads % tiles.blocks,
+                  batch = task / p.heads / tiles.blocks;
     const int64_t query = block * tiles.queries_of_block;
     const int32_t rows = std::min<int64_t>(tiles.queries_of_block, p.queries - query);
     const int64_t row = (batch * p.queries + query) * p.heads + head;
-    uint64_t needed = 0;
-    int32_t lowest = 0, highest = 0, seen = -1;
+    uint64_t touched = 0;
+    int64_t top = 0, bottom = 0;  // of the level whose points begin with first_point
+    int32_t first_point = -1;
     for (size_t t = 0; t < tiles.tiles.size(); ++t) {
       const Tile& tile = tiles.tiles[t];
       if (tile.points == 0) continue;
-      if (tile.first_point != seen) {  // another level
-        seen = tile.first_point;
+      if (tile.first_point != first_point) {
+        first_point = tile.first_point;
         const int32_t count = rows * tile.points;
-        const Selection selection{row * p.points + seen, int64_t(p.heads) * p.points, rows};
+        const Selection selection{row * p.points + first_point, int64_t(p.heads) * p.points, rows,
+                                  tile.points};
         read_tile_coordinates<scalar_t>(p, selection, tile.points, points);
-        int32_t* row_of_point = rows_of_points.data();
-        find_rows(points, tile.level.height, count, row_of_point);
-        lowest = tile.level.height, highest = 0;
+        int32_t* map_row = map_rows.data();
+        find_map_rows(points, tile.level.height, count, map_row);
+        top = tile.level.height, bottom = 0;
         for (int32_t i = 0; i < count; ++i) {
-          lowest = std::min(lowest, row_of_point[i]);
-          highest = std::max(highest, row_of_point[i]);
+          top = std::min<int64_t>(top, map_row[i]);
+          bottom = std::max<int64_t>(bottom, int64_t(map_row[i]) + 2);
         }
       }
-      const uint64_t needs = lowest < tile.last_row && highest + 1 >= tile.first_row;
-      needed |= needs << (t % 64);
+      touched |= uint64_t(top < tile.bottom && tile.top < bottom) << (t % 64);
     }
-    tiles_of_block[(batch * p.heads + head) * tiles.blocks + block] = needed;
+    tiles_of_block[(batch * p.heads + head) * tiles.blocks + block] = touched;
   }
 }
 
-// Takes pieces of work: a tile of a (batch, head) each.
+// A task is a tile of a (batch, head).
 template <typename scalar_t>
-void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_block, Work& work) {
+void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_block,
+              Tasks& tasks) {
   using acc = acc_t<scalar_t>;
   constexpr int32_t lanes = kLanes<acc>;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t padded = tiles.padded_channels;
   const Workspace<acc> space(tiles.points_of_block, p.in_pixels(), padded, tiles.most_pixels);
 
-  int64_t piece;
-  while (work.take(&piece)) {
-    const int64_t head = piece % p.heads, t = piece / p.heads % tiles.tiles.size(),
-                  batch = piece / p.heads / tiles.tiles.size();
+  int64_t task;
+  while (tasks.take(&task)) {
+    const int64_t head = task % p.heads, t = task / p.heads % tiles.tiles.size(),
+                  batch = task / p.heads / tiles.tiles.size();
     const Tile& tile = tiles.tiles[t];
-    const uint64_t* needed = tiles_of_block + (batch * p.heads + head) * tiles.blocks;
+    const uint64_t* touched = tiles_of_block + (batch * p.heads + head) * tiles.blocks;
     const int64_t origin =
         (batch * p.spatial_size + tile.first_pixel()) * pixel_stride + head * p.channels;
     load_tile(static_cast<const scalar_t*>(p.value) + origin, pixel_stride, p.channels,
@@ -332,22 +344,22 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
     set_level(tile.level, space.points, tiles.queries_of_block * tile.points);
 
     for (int64_t block = 0; tile.points > 0 && block < tiles.blocks; ++block) {
-      if (!(needed[block] >> (t % 64) & 1)) continue;
+      if (!(touched[block] >> (t % 64) & 1)) continue;
       const int64_t query = block * tiles.queries_of_block;
       const int64_t row = (batch * p.queries + query) * p.heads + head;
       const int32_t rows = std::min<int64_t>(tiles.queries_of_block, p.queries - query);
       const Selection selection{row * p.points + tile.first_point, int64_t(p.heads) * p.points,
-                                rows};
+                                rows, tile.points};
       const int32_t count = rows * tile.points;
-      // Told the usual number of points, the compiler has no short loops left.
+      // Told the usual number of points, the compiler writes no loop over them.
       if (tile.points == 4) {
         read_tile_points<scalar_t>(p, selection, 4, space.points);
       } else {
         read_tile_points<scalar_t>(p, selection, tile.points, space.points);
       }
-      place_points(p.method, space.points, count);
+      find_corners(p.method, space.points, count);
       find_in_tile(tile, padded, count, space);
-      std::fill_n(space.dot.data(), 4 * count, acc(0));
+      std::fill_n(space.dot.data(), 4 * int64_t(count), acc(0));
 
       for (int32_t r = 0; r < rows; ++r) {
         const int32_t first = r * tile.points, last = first + tile.points;
@@ -360,18 +372,18 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
         load_tile(grad_output, 0, p.channels, 1, 0, space.grad_output.data());
         int32_t c = 0;
         for (; c + 4 * lanes <= padded; c += 4 * lanes) {
-          visit_corners<4>(space, first, last, padded, c);
+          add_corners<4>(space, first, last, padded, c);
         }
         for (; c + 2 * lanes <= padded; c += 2 * lanes) {
-          visit_corners<2>(space, first, last, padded, c);
+          add_corners<2>(space, first, last, padded, c);
         }
-        for (; c + lanes <= padded; c += lanes) visit_corners<1>(space, first, last, padded, c);
+        for (; c + lanes <= padded; c += lanes) add_corners<1>(space, first, last, padded, c);
       }
       differentiate_points(tile, p.method, count, space);
       if (tile.points == 4) {
-        write_points<scalar_t>(p, selection, 4, space);
+        write_tile_points<scalar_t>(p, selection, 4, space);
       } else {
-        write_points<scalar_t>(p, selection, tile.points, space);
+        write_tile_points<scalar_t>(p, selection, tile.points, space);
       }
     }
     store_tile(space.pixels.data(), padded, tile.pixels(), pixel_stride, p.channels,

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use: picked at run time from what the processor has.
+// Which instruction set the CPU kernels use. It is chosen at run time from what the processor has.
 //
 // MSDA_CPU_CAPABILITY = default | avx2 | avx512 lowers it (for tests and comparisons).
 #pragma once
@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-// The levels above the portable one need GCC's target pragma: see each_capability.h.
+// Instruction sets above the portable one need GCC's target pragma: see each_capability.h.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MSDA_X86_LEVELS 1
 #else

@@ -1,10 +1,10 @@
 // Compiles the file MSDA_KERNEL once per instruction set, each in a namespace of its own.
 //
-// Flags on the command line could not do this: build.toml has none per machine. Nor could a target
+// Flags on the command line cannot do this: build.toml has none per machine. Nor can a target
 // attribute on a function that the kernel is inlined into: by then the compiler has cut the
 // kernel's vectors into the small ones of the command line's target.
 //
-// No include guard: each .cpp file includes it for its kernel.
+// No include guard: each .cpp file includes this file for its kernel.
 #include "deformable_detr/cpu/capability.h"
 
 // GCC would call memcpy and memset for the few numbers of a row of points or of a pixel, which

@@ -1,16 +1,16 @@
 // Multi-scale deformable attention on the CPU, forward.
 //
-// Rows are handled in blocks. The points of a block are first placed on their maps, side by side in
-// SIMD registers; then, row by row, the corners' channels are added up in registers.
+// Rows come in blocks. First the corners of all points of a block are found, several points in a
+// SIMD register. Then, row by row, the corners' channels are added up in registers.
 #include <type_traits>
 
 #include "deformable_detr/cpu/work.h"
 
 namespace ms_deform_attn::cpu {
 namespace {
-constexpr int32_t kBlockPoints = 128;  // their tables stay in the L1 cache
-constexpr int32_t kPointsAhead = 8;    // whose pixels are asked for
-constexpr int64_t kRowsOfPiece = 256;
+constexpr int32_t kBlockPoints = 128;  // whose tables stay in the L1 cache
+constexpr int32_t kPointsAhead = 8;    // how far ahead pixels are prefetched
+constexpr int64_t kTaskRows = 256;
 }  // namespace
 }  // namespace ms_deform_attn::cpu
 
@@ -25,8 +25,8 @@ void forward(const Params& params) {
     using scalar_t = decltype(zero);
     const int64_t rows = params.batch * params.queries * params.heads;
     prefer_huge_pages(params.output, rows * params.channels * sizeof(scalar_t));
-    Work((rows + kRowsOfPiece - 1) / kRowsOfPiece).share([&](Work& work) {
-      MSDA_FOR_CAPABILITY(forward<scalar_t>(params, levels, work));
+    Tasks((rows + kTaskRows - 1) / kTaskRows).run([&](Tasks& tasks) {
+      MSDA_FOR_CAPABILITY(forward<scalar_t>(params, levels, tasks));
     });
   });
 }

@@ -1,12 +1,13 @@
-// The fused operator's points: from reference points, offsets and logits, for one instruction set.
+// The fused operator's points, worked out from reference points, offsets and logits.
 //
-// No include guard: included once per instruction set.
+// No include guard: this file is included once per instruction set.
 #include "deformable_detr/cpu/points.h"
 
 // ---------------------------------------------------------------------------------------- softmax
 
-// exp(x) of x <= 0, to 8e-8: 2^power * exp(r) with |r| <= log(2) / 2, and exp(r) = 1 + r + r^2 * y.
-// y's coefficients are a least-squares fit of the relative error, each rounded before the next.
+// exp(x) for x <= 0, to 8e-8: 2^power * exp(r) with |r| <= log(2) / 2, and exp(r) = 1 + r + r^2 *
+// y. The coefficients of y are a least-squares fit of the relative error; each was rounded before
+// the next was fitted.
 MSDA_INLINE float exponential(float x) {
   constexpr float kLog2 = 1.44269504088896341f;
   constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // log(2) in two parts
@@ -27,11 +28,11 @@ MSDA_INLINE float exponential(float x) {
 }
 MSDA_INLINE double exponential(double x) { return std::exp(x); }
 
-// Of each row's `size` numbers, in place.
+// The softmax of each row's `size` numbers, in place.
 template <typename acc>
 MSDA_INLINE void softmax(acc* x, int32_t rows, int32_t size) {
   for (int32_t row = 0; row < rows; ++row) {
-    acc* of_row = x + row * size;
+    acc* const of_row = x + row * size;
     acc largest = of_row[0];
     for (int32_t i = 1; i < size; ++i) largest = std::max(largest, of_row[i]);
     MSDA_NO_ALIASES
@@ -40,7 +41,7 @@ MSDA_INLINE void softmax(acc* x, int32_t rows, int32_t size) {
   MSDA_NO_ALIASES
   for (int32_t i = 0; i < rows * size; ++i) x[i] = exponential(x[i]);
   for (int32_t row = 0; row < rows; ++row) {
-    acc* of_row = x + row * size;
+    acc* const of_row = x + row * size;
     acc sum = 0;
     for (int32_t i = 0; i < size; ++i) sum += of_row[i];
     MSDA_NO_ALIASES
@@ -50,21 +51,21 @@ MSDA_INLINE void softmax(acc* x, int32_t rows, int32_t size) {
 
 // ----------------------------------------------------------------------------------------- pixels
 
-// Each point's reference point, and how many pixels an offset of one moves it.
+// Each point's reference point, and how many pixels an offset of one moves the point.
 template <typename acc>
 struct Fusion {
   Fusion(const std::vector<Level>& levels, int64_t capacity)
       : levels(levels),
         reference{capacity, capacity},
-        extent{capacity, capacity},
-        extent_rest{capacity, capacity} {}
+        unit{capacity, capacity},
+        unit_rest{capacity, capacity} {}
 
   const std::vector<Level>& levels;
-  Array<acc> reference[2], extent[2], extent_rest[2];  // x and y
+  Array<acc> reference[2], unit[2], unit_rest[2];  // x and y
 };
 
-// Of the points of whole rows, from row `first` on, whose offsets and logits have been read: x and
-// y become pixels, with x_rest and y_rest what rounding took from them; weight becomes the softmax.
+// Works out the points of whole rows, from row `first` on, whose offsets and logits have been read:
+// x and y become pixels, x_rest and y_rest what rounding left of them, and weight the softmax.
 template <typename scalar_t>
 MSDA_INLINE void fuse_points(const Params& p, int64_t first, int32_t rows,
                              const Fusion<acc_t<scalar_t>>& fusion,
@@ -74,19 +75,19 @@ MSDA_INLINE void fuse_points(const Params& p, int64_t first, int32_t rows,
   for (int32_t row = 0; row < rows; ++row) {
     for (int32_t level = 0; level < p.levels; ++level) {
       const Reference<acc> reference = read_reference<scalar_t>(p, (first + row) / p.heads, level);
-      Exact<acc> extent_x{1, 0}, extent_y{1, 0};
+      Exact<acc> unit_x{1, 0}, unit_y{1, 0};
       if (p.reference_coordinates == 4) {
         const OffsetUnits<acc> units = offset_units<acc>(p, level, fusion.levels[level]);
-        extent_x = multiply(reference.width, units.x);
-        extent_y = multiply(reference.height, units.y);
+        unit_x = multiply(reference.width, units.x);
+        unit_y = multiply(reference.height, units.y);
       }
       for (const int32_t end = i + points_of_level(p, level); i < end; ++i) {
         fusion.reference[0][i] = reference.x;
         fusion.reference[1][i] = reference.y;
-        fusion.extent[0][i] = extent_x.rounded;
-        fusion.extent[1][i] = extent_y.rounded;
-        fusion.extent_rest[0][i] = extent_x.rest;
-        fusion.extent_rest[1][i] = extent_y.rest;
+        fusion.unit[0][i] = unit_x.rounded;
+        fusion.unit[1][i] = unit_y.rounded;
+        fusion.unit_rest[0][i] = unit_x.rest;
+        fusion.unit_rest[1][i] = unit_y.rest;
       }
     }
   }
@@ -95,10 +96,10 @@ MSDA_INLINE void fuse_points(const Params& p, int64_t first, int32_t rows,
   acc* const rest[2] = {points.x_rest.data(), points.y_rest.data()};
   for (int32_t axis = 0; axis < 2; ++axis) {
     const acc* reference = fusion.reference[axis].data();
-    const acc *extent = fusion.extent[axis].data(), *extent_rest = fusion.extent_rest[axis].data();
+    const acc *unit = fusion.unit[axis].data(), *unit_rest = fusion.unit_rest[axis].data();
     MSDA_NO_ALIASES
     for (int32_t k = 0; k < i; ++k) {
-      const Exact<acc> move = multiply(at[axis][k], Exact<acc>{extent[k], extent_rest[k]});
+      const Exact<acc> move = multiply(at[axis][k], Exact<acc>{unit[k], unit_rest[k]});
       const Exact<acc> pixel = moved_pixel(reference[k], size[axis][k], move);
       at[axis][k] = pixel.rounded;
       rest[axis][k] = pixel.rest;

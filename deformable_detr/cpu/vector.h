@@ -1,12 +1,12 @@
 // SIMD vectors of the instruction set that is being compiled for: see each_capability.h.
 //
-// The compiler's own vector types do the arithmetic; what is written by hand is how the half types
-// are read and written. No include guard: included once per instruction set.
+// The compiler's own vector types do the arithmetic. Only how the half types are read and written
+// is written by hand. No include guard: this file is included once per instruction set.
 
 template <typename acc>
 constexpr int32_t kLanes = MSDA_VECTOR_BYTES / sizeof(acc);
 
-// `lanes` numbers side by side, with + - * / on all of them.
+// `lanes` numbers; + - * / work on all of them at once.
 template <typename T, int32_t lanes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(lanes * sizeof(T))));
@@ -62,7 +62,7 @@ MSDA_INLINE Bits16 from_float(Vector<float> x, half_t) {
   return bit_cast<Bits16>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// The exponent's bias differs by 112, which a product puts right for denormals, too.
+// The biases of the exponents differ by 112. A product corrects that, for denormals too.
 MSDA_INLINE Vector<float> to_float(Bits16 bits, half_t) {
   const Bits32 wide = __builtin_convertvector(bits, Bits32);
   const Bits32 magnitude = (wide & 0x7fff) << 13;
@@ -79,7 +79,7 @@ MSDA_INLINE Bits16 from_float(Vector<float> x, half_t) {
 
 // -------------------------------------------------------------------------------- load and store
 
-// The others are computed with as they are stored.
+// The other types are computed with as they are stored.
 MSDA_INLINE Vector<float> to_float(Vector<float> x, float) { return x; }
 MSDA_INLINE Vector<double> to_float(Vector<double> x, double) { return x; }
 MSDA_INLINE Vector<float> from_float(Vector<float> x, float) { return x; }
@@ -100,8 +100,8 @@ MSDA_INLINE void store(scalar_t* to, Vector<acc_t<scalar_t>> x) {
   std::memcpy(to, &stored, sizeof(stored));
 }
 
-// Store past the caches, for what is not read again soon: its old content is not fetched first.
-// Aligned to the vector. Finish with stream_fence().
+// Stores past the caches what is not read again soon; its old content is not fetched first. The
+// address must be aligned to the vector. Call stream_fence() at the end.
 template <typename scalar_t>
 MSDA_INLINE void stream(scalar_t* to, Vector<acc_t<scalar_t>> x) {
 #if defined(__x86_64__)
@@ -122,22 +122,22 @@ MSDA_INLINE void stream_fence() {
 #endif
 }
 
-// The first `count` lanes only; the others are zero.
+// The same for the first `count` lanes only. Loaded, the others are zero.
 template <typename scalar_t>
 MSDA_INLINE Vector<acc_t<scalar_t>> load(const scalar_t* from, int32_t count) {
-  scalar_t part[kLanes<acc_t<scalar_t>>] = {};
-  for (int32_t i = 0; i < count; ++i) part[i] = from[i];
-  return load(part);
+  scalar_t buffer[kLanes<acc_t<scalar_t>>] = {};
+  for (int32_t i = 0; i < count; ++i) buffer[i] = from[i];
+  return load(buffer);
 }
 template <typename scalar_t>
 MSDA_INLINE void store(scalar_t* to, Vector<acc_t<scalar_t>> x, int32_t count) {
-  scalar_t part[kLanes<acc_t<scalar_t>>];
-  store(part, x);
-  for (int32_t i = 0; i < count; ++i) to[i] = part[i];
+  scalar_t buffer[kLanes<acc_t<scalar_t>>];
+  store(buffer, x);
+  for (int32_t i = 0; i < count; ++i) to[i] = buffer[i];
 }
 
-// A head's rows lie a kilobyte or more apart, which the processor's own prefetching does not
-// foresee. So the row that comes kRowsAhead later is asked for, whether there is one or not.
+// The rows of a head lie a kilobyte or more apart, which the processor's own prefetching does not
+// foresee. So the row that comes kRowsAhead later is prefetched, whether there is one or not.
 constexpr int32_t kRowsAhead = 32;
 
 template <bool write, typename T>
@@ -148,7 +148,8 @@ MSDA_INLINE void prefetch(const T* row, int64_t stride, int32_t size) {
 
 // ----------------------------------------------------------------------------------------- sums
 
-// a and b, one after the other, are groups of `group` lanes. Adds the halves of each group up.
+// Takes the lanes of a and then of b in groups of `group`, and adds up the two halves of each
+// group.
 template <int32_t group, typename V, size_t... i>
 MSDA_INLINE V add_halves(V a, V b, std::index_sequence<i...>) {
   constexpr size_t half = group / 2;
@@ -160,7 +161,7 @@ MSDA_INLINE V add_halves(V a, V b) {
   return add_halves<group>(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>{});
 }
 
-// sum[i] += the sum of x[i]'s lanes.
+// sum[i] += the sum of the lanes of x[i].
 template <typename acc>
 MSDA_INLINE void add_sums(const Vector<acc> (&x)[4], acc* sum) {
   constexpr int32_t lanes = kLanes<acc>;

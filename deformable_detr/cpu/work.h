@@ -1,4 +1,5 @@
-// What the CPU kernels share that is the same for every instruction set: levels, memory, threads.
+// What the CPU kernels share that does not depend on the instruction set: levels, operands, memory
+// and threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +8,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -26,14 +28,31 @@ inline std::vector<Level> read_levels(const Params& p) {
   return levels;
 }
 
-// Element `index` of an operand, stored as scalar_t or, beside a half value, as float.
-template <typename scalar_t>
-acc_t<scalar_t> read_element(const Operand& operand, int64_t index) {
-  if (operand.dtype == DType::f32) return static_cast<const float*>(operand.data)[index];
-  return static_cast<acc_t<scalar_t>>(static_cast<const scalar_t*>(operand.data)[index]);
+// function(zero of the type that an operand is stored in): value's, or float beside a half value.
+template <typename scalar_t, typename Function>
+void dispatch_operand(DType dtype, Function&& function) {
+  if (dtype == kDType<scalar_t>) return function(scalar_t{});
+  function(acc_t<scalar_t>{});
 }
 
-// A reference point; width and height are zero where it has two coordinates.
+// Read and write `count` elements of an operand or its gradient, from index `first` on.
+template <typename scalar_t>
+void read_elements(const Operand& operand, int64_t first, int64_t count, acc_t<scalar_t>* to) {
+  dispatch_operand<scalar_t>(operand.dtype, [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(operand.data) + first;
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<acc_t<scalar_t>>(from[i]);
+  });
+}
+template <typename scalar_t>
+void write_elements(const acc_t<scalar_t>* from, int64_t first, int64_t count, void* data,
+                    DType dtype) {
+  dispatch_operand<scalar_t>(dtype, [&](auto zero) {
+    auto* to = static_cast<decltype(zero)*>(data) + first;
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<decltype(zero)>(from[i]);
+  });
+}
+
+// A reference point. Width and height are zero if it has two coordinates.
 template <typename acc>
 struct Reference {
   acc x, y, width, height;
@@ -43,25 +62,29 @@ template <typename scalar_t>
 Reference<acc_t<scalar_t>> read_reference(const Params& p, int64_t query, int32_t level) {
   const int64_t first = (query * p.reference_levels + (p.reference_levels == 1 ? 0 : level)) *
                         p.reference_coordinates;
-  const auto read = [&](int64_t i) {
-    return i < p.reference_coordinates ? read_element<scalar_t>(p.reference_points, first + i)
-                                       : acc_t<scalar_t>(0);
-  };
-  return {read(0), read(1), read(2), read(3)};
+  Reference<acc_t<scalar_t>> result{};
+  dispatch_operand<scalar_t>(p.reference_points.dtype, [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(p.reference_points.data) + first;
+    const auto read = [&](int i) { return static_cast<acc_t<scalar_t>>(from[i]); };
+    result.x = read(0), result.y = read(1);
+    if (p.reference_coordinates == 4) result.width = read(2), result.height = read(3);
+  });
+  return result;
 }
 
-// Zeros on a cache line's boundary.
+// Zeros, unless told otherwise, from a cache line's boundary on. Whole cache lines are allocated,
+// so that SIMD registers, which are no longer, may be stored beyond the last element.
 template <typename T>
 class Array {
  public:
-  Array(int64_t size) {
+  Array(int64_t size, bool zero = true) {
     const size_t bytes = (size * sizeof(T) / 64 + 1) * 64;
     data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
     if (!data_) {
       throw std::runtime_error("out of memory: ms_deform_attn on cpu cannot allocate " +
                                std::to_string(bytes) + " bytes");
     }
-    std::memset(static_cast<void*>(data_.get()), 0, bytes);
+    if (zero) std::memset(static_cast<void*>(data_.get()), 0, bytes);
   }
   T* data() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }
@@ -73,38 +96,38 @@ class Array {
   std::unique_ptr<T, Free> data_;
 };
 
-// The pieces of a call's work. Threads take one after the other, so that none waits for a slower
-// one; what a piece computes must not depend on who takes it.
-class Work {
+// The tasks of a call. Threads take one after the other, so that none waits for a slower one. What
+// a task computes must not depend on the thread that takes it.
+class Tasks {
  public:
-  explicit Work(int64_t pieces) : pieces_(pieces) {}
-  bool take(int64_t* piece) { return (*piece = next_++) < pieces_; }
+  explicit Tasks(int64_t count) : count_(count) {}
+  bool take(int64_t* task) { return (*task = next_++) < count_; }
 
-  // worker(*this) on each of torch's threads that there is a piece for. Within a parallel region
-  // of the caller's, on this thread alone. What a worker throws is thrown when all have ended, as
-  // parallel_for would not tell what it was.
+  // Calls worker(*this) on each of torch's threads, but on no more than there are tasks. Inside a
+  // parallel region of the caller, only this thread works. What a worker throws is thrown here when
+  // all have ended: parallel_for would not tell what it was.
   template <typename Worker>
-  void share(const Worker& worker) {
-    const int64_t threads = std::min<int64_t>(pieces_, torch::stable::get_num_threads());
+  void run(const Worker& worker) {
+    const int64_t threads = std::min<int64_t>(count_, torch::stable::get_num_threads());
     std::atomic<bool> failed{false};
-    std::string error;  // of the first that failed
+    std::exception_ptr error;  // of the first that failed
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       try {
         worker(*this);
-      } catch (const std::exception& exception) {
-        if (!failed.exchange(true)) error = exception.what();
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
       }
     });
-    if (failed) throw std::runtime_error(error);
+    if (error) std::rethrow_exception(error);
   }
 
  private:
-  const int64_t pieces_;
+  const int64_t count_;
   std::atomic<int64_t> next_{0};
 };
 
-// A large tensor comes fresh from the system, which hands it out and clears it page by page as it
-// is first written. Larger pages make that four times faster, and take no more memory.
+// The system hands out the memory of a new large tensor page by page, and clears each page at its
+// first write. Huge pages make that four times faster and take no more memory.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 2 << 20;

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 
-#include "deformable_detr/cpu/backward.cpp"
+#include "deformable_detr/cpu/tiles.h"
 
 using namespace ms_deform_attn;
 
@@ -22,8 +22,8 @@ void print(int64_t height, int64_t width, int32_t channels) {
   int64_t row = 0;
   bool in_order = true;
   for (const auto& tile : tiles) {
-    in_order &= tile.first_row == row && tile.last_row > row && tile.pixels() > 0;
-    row = tile.last_row;
+    in_order &= tile.top == row && tile.bottom > row && tile.pixels() > 0;
+    row = tile.bottom;
   }
   std::printf("%zu %s\n", tiles.size(), in_order && row == height ? "covered" : "wrong");
 }
