@@ -51,7 +51,7 @@ Tiles cut_tiles(const Params& p) {
     for (int64_t top = 0; top < level.height; top += rows) {
       const int64_t bottom = std::min<int64_t>(top + rows, level.height);
       const Tile tile{level, int32_t(top), int32_t(bottom), first_point, points};
-      result.most_pixels = std::max<int64_t>(result.most_pixels, tile.pixels_with_halo() + 1);
+      result.most_pixels = std::max(result.most_pixels, int64_t(tile.pixels_with_halo()) + 1);
       result.tiles.push_back(tile);
     }
     first_point += points;
