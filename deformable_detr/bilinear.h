@@ -161,11 +161,13 @@ struct Corners {
     const int32_t row = touches ? static_cast<int32_t>(y.floor) : -1 - level.height;
     const bool west = is_inside(column, level.width), east = is_inside(column + 1, level.width);
     const bool north = is_inside(row, level.height), south = is_inside(row + 1, level.height);
-    const int32_t nw = level.start + row * level.width + column;
-    pixel[0] = (north & west) ? nw : kOutside;
-    pixel[1] = (north & east) ? nw + 1 : kOutside;
-    pixel[2] = (south & west) ? nw + level.width : kOutside;
-    pixel[3] = (south & east) ? nw + level.width + 1 : kOutside;
+    // Unsigned, because the index of a corner outside may overflow.
+    const uint32_t width = static_cast<uint32_t>(level.width);
+    const uint32_t nw = level.start + row * width + column, sw = nw + width;
+    pixel[0] = (north & west) ? static_cast<int32_t>(nw) : kOutside;
+    pixel[1] = (north & east) ? static_cast<int32_t>(nw + 1) : kOutside;
+    pixel[2] = (south & west) ? static_cast<int32_t>(sw) : kOutside;
+    pixel[3] = (south & east) ? static_cast<int32_t>(sw + 1) : kOutside;
   }
 
   // Nearest sampling has its pixel as nw, with a corner weight of one; the others are outside.

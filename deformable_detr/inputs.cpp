@@ -210,8 +210,8 @@ void Inputs::check_equal_points(Params& params) const {
                {"2", 2}});
   params.queries = coordinates.tensor.size(1);
   const int64_t points = coordinates.tensor.size(4);
-  check(params.levels * points <= kMaxPoints, coordinates.name, " has ", points,
-        " points in each of ", params.levels, " levels, expected fewer than 2^30 in all");
+  check(points <= kMaxPoints && params.levels * points <= kMaxPoints, coordinates.name, " has ",
+        points, " points in each of ", params.levels, " levels, expected fewer than 2^30 in all");
   params.points_per_level = static_cast<int32_t>(points);
   params.points = params.levels * params.points_per_level;
   check_shape(weights.name, weights.tensor,

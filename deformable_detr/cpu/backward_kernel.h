@@ -147,12 +147,14 @@ template <typename acc>
 MSDA_INLINE void differentiate_points(const Tile& tile, Method method, int32_t count,
                                       const Workspace<acc>& space) {
   const acc* dot = space.dot.data();
+  const int32_t* const pixel[4] = {space.points.pixel[0].data(), space.points.pixel[1].data(),
+                                   space.points.pixel[2].data(), space.points.pixel[3].data()};
   const acc *weight = space.points.weight.data(), *right = space.points.right.data(),
             *down = space.points.down.data();
   acc *grad_weight = space.grad_weight.data(), *grad_x = space.grad_x.data(),
       *grad_y = space.grad_y.data();
   const Level level = tile.level;
-  // Selected, not multiplied by zero: that makes NaN of what is not finite.
+  // What does not count is left out, not multiplied by zero: that makes NaN of what is not finite.
   const bool bilinear = method == Method::bilinear;
   MSDA_NO_ALIASES
   for (int32_t i = 0; i < count; ++i) {
@@ -160,7 +162,9 @@ MSDA_INLINE void differentiate_points(const Tile& tile, Method method, int32_t c
     corners.right = right[i];
     corners.down = down[i];
     const acc* d = dot + 4 * int64_t(i);
-    const acc corner[4] = {d[0], d[1], d[2], d[3]};
+    acc corner[4] = {d[0], d[1], d[2], d[3]};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) corner[k] = pixel[k][i] == kOutside ? acc(0) : corner[k];
     grad_weight[i] = corners.sample(corner);
     grad_x[i] = bilinear ? weight[i] * corners.d_location_x(corner, level) : acc(0);
     grad_y[i] = bilinear ? weight[i] * corners.d_location_y(corner, level) : acc(0);
