@@ -172,6 +172,8 @@ WRONG = [
           "fewer than 2^31"),
     Wrong(LOCATIONS, "many_points", expanded(2, 13, 2, 2, 2**29, 2), "536870912 points in each",
           "fewer than 2^30"),
+    Wrong(LOCATIONS, "endless_points", expanded(2, 0, 2, 2, 2**62, 2), f"{2**62} points in each",
+          "fewer than 2^30"),
     Wrong("reference_points", "many_levels", expanded(2, 13, 2**32 + 2, 2), "4294967298 levels",
           "expected levels=2 or 1"),
 

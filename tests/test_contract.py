@@ -181,6 +181,36 @@ def test_a_pixel_influences_the_samples_that_have_it_as_a_corner(
     assert_close(output[finite], expected[finite], "output")
 
 
+@pytest.mark.parametrize("method", ["bilinear", "nearest"])
+def test_gradients_where_grad_output_is_not_finite(kernel, device, operator, method):
+    """Each is NaN or infinite where it is in float64, and nowhere else."""
+    case = Case("not_finite", ((6, 4), (3, 2)), batch=1, queries=60, channels=32, method=method)
+    inputs = OPERATORS[operator](case, torch.float32, device)
+    for query, channel, bad in ((0, 0, "inf"), (1, 33, "-inf"), (2, 5, "nan")):
+        inputs.grad_output[0, query, channel] = float(bad)
+    double = inputs.double()
+    grads, expected = [
+        torch.autograd.grad(
+            getattr(functions, operator)(*problem.args, **problem.options),
+            problem.differentiable(),
+            problem.grad_output,
+            materialize_grads=True,
+        )
+        for functions, problem in (
+            (kernel, inputs.require_grad()),
+            (kernel.reference, double.require_grad()),
+        )
+    ]
+    for name, grad, wanted in zip(inputs.gradient_names(), grads, expected):
+        for is_class in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(is_class(grad), is_class(wanted)), f"{name}: {is_class.__name__}"
+        finite = wanted.isfinite()
+        if wanted[finite].any():
+            assert_close(grad[finite], wanted[finite], name)
+        else:  # of locations, with nearest sampling
+            assert method == "nearest" and not grad[finite].any(), name
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_levels_that_overlap(kernel, device, operator, dtype, deterministic):
