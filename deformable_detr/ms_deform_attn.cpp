@@ -75,12 +75,15 @@ Tensor convert(const Tensor& tensor, ScalarType dtype) {
 }
 
 struct Gradients {
-  Tensor value, coordinates, weights;
-  std::optional<Tensor> reference_points;
+  Tensor value, coordinates, weights, reference_points;  // of shape (0,) if nobody asked for them
 };
 
-Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
-                                bool reference_needs_grad = false) try {
+// points: of the coordinates and of the weights.
+struct Wanted {
+  bool value, points, reference_points = false;
+};
+
+Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wanted& wanted) try {
   const ScalarType coordinates_dtype = inputs.coordinates.tensor.scalar_type();
   const ScalarType weights_dtype = inputs.weights.tensor.scalar_type();
   const auto reference_dtype =
@@ -94,27 +97,33 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
   const ScalarType dtype = inputs.value.scalar_type();
   const ScalarType acc_dtype = is_half(params.value_dtype) ? ScalarType::Float : dtype;
 
-  Gradients grads{Tensor(), torch::stable::empty_like(inputs.coordinates.tensor),
-                  torch::stable::empty_like(inputs.weights.tensor), std::nullopt};
+  const auto nothing = [&] { return torch::stable::new_empty(inputs.value, {0}); };
+  const bool all = inputs.value.is_cuda();  // a GPU's kernels compute all, wanted or not
+  const auto empty_like = [&](bool needed, const Tensor& tensor) {
+    return needed ? torch::stable::empty_like(tensor) : nothing();
+  };
+  Gradients grads{empty_like(wanted.value, inputs.value),
+                  empty_like(all || wanted.points, inputs.coordinates.tensor),
+                  empty_like(all || wanted.points, inputs.weights.tensor), nothing()};
+  params.grad_value = grads.value.data_ptr();
   (params.fused() ? params.grad_sampling_offsets : params.grad_sampling_locations) =
       grads.coordinates.data_ptr();
   (params.fused() ? params.grad_attention_logits : params.grad_attention_weights) =
       grads.weights.data_ptr();
-  if (reference_needs_grad) {
+  if (wanted.reference_points) {
     grads.reference_points =
         torch::stable::new_empty(inputs.value,
                                  {params.batch, params.queries, params.heads,
                                   params.reference_levels, params.reference_coordinates},
                                  acc_dtype);
-    params.grad_reference_points = grads.reference_points->data_ptr();
+    params.grad_reference_points = grads.reference_points.data_ptr();
   }
 
   if (inputs.grad_output->numel() == 0 || params.points == 0) {
-    grads.value = torch::stable::empty_like(inputs.value);
     torch::stable::zero_(grads.value);
     torch::stable::zero_(grads.coordinates);
     torch::stable::zero_(grads.weights);
-    if (reference_needs_grad) torch::stable::zero_(*grads.reference_points);
+    torch::stable::zero_(grads.reference_points);
 #if defined(USE_CUDA)
   } else if (inputs.value.is_cuda()) {
     on_device(inputs.value, [&](void* stream) {
@@ -124,26 +133,28 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic,
         scratch = torch::stable::new_empty(inputs.value, {plan.scratch.bytes}, ScalarType::Byte);
         params.scratch = scratch.data_ptr();
       }
-      grads.value = plan.adds_to_zeros
-                        ? torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype)
-                        : torch::stable::empty_like(inputs.value);
+      if (plan.adds_to_zeros) {
+        grads.value = torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype);
+      } else if (!wanted.value) {
+        grads.value = torch::stable::empty_like(inputs.value);
+      }
       params.grad_value = grads.value.data_ptr();
       cuda::backward(params, plan, stream);
       grads.value = convert(grads.value, dtype);
     });
 #endif
   } else {
-    grads.value = torch::stable::empty_like(inputs.value);
-    params.grad_value = grads.value.data_ptr();
     cpu::backward(params);
   }
+  if (!wanted.value) grads.value = nothing();
+  if (!wanted.points) grads.coordinates = grads.weights = nothing();
   grads.coordinates = convert(grads.coordinates, coordinates_dtype);
   grads.weights = convert(grads.weights, weights_dtype);
-  if (reference_needs_grad) {
+  if (wanted.reference_points) {
     const int64_t heads[] = {2};
-    grads.reference_points =
-        convert(torch::stable::sum(*grads.reference_points, heads), reference_dtype);
+    grads.reference_points = torch::stable::sum(grads.reference_points, heads);
   }
+  grads.reference_points = convert(grads.reference_points, reference_dtype);
   return grads;
 } catch (const std::runtime_error& error) {
   rethrow(inputs.value, error);
@@ -168,7 +179,8 @@ Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const Tensor& sampling_locations, const Tensor& attention_weights, const Tensor& grad_output,
-    const PointsPerLevel& points_per_level, bool nearest, bool deterministic) {
+    const PointsPerLevel& points_per_level, bool nearest, bool deterministic, bool value_needs_grad,
+    bool points_need_grad) {
   const Gradients grads =
       allocate_and_backward({.value = value,
                              .spatial_shapes = spatial_shapes,
@@ -178,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
                              .points_per_level = points_per_level,
                              .nearest = nearest,
                              .grad_output = grad_output},
-                            deterministic);
+                            deterministic, {value_needs_grad, points_need_grad});
   return {grads.value, grads.coordinates, grads.weights};
 }
 
@@ -201,23 +213,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
     const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
     const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
     const Tensor& grad_output, const PointsPerLevel& points_per_level, bool nearest,
-    double offset_scale, bool reference_needs_grad, bool deterministic) {
-  const Gradients grads =
-      allocate_and_backward({.value = value,
-                             .spatial_shapes = spatial_shapes,
-                             .level_start_index = level_start_index,
-                             .coordinates = {"sampling_offsets", sampling_offsets},
-                             .weights = {"attention_logits", attention_logits},
-                             .points_per_level = points_per_level,
-                             .nearest = nearest,
-                             .reference_points = reference_points,
-                             .offset_scale = offset_scale,
-                             .grad_output = grad_output},
-                            deterministic, reference_needs_grad);
-  return {grads.value,
-          grads.reference_points ? *grads.reference_points
-                                 : torch::stable::new_empty(reference_points, {0}),
-          grads.coordinates, grads.weights};
+    double offset_scale, bool reference_needs_grad, bool deterministic, bool value_needs_grad,
+    bool points_need_grad) {
+  const Gradients grads = allocate_and_backward(
+      {.value = value,
+       .spatial_shapes = spatial_shapes,
+       .level_start_index = level_start_index,
+       .coordinates = {"sampling_offsets", sampling_offsets},
+       .weights = {"attention_logits", attention_logits},
+       .points_per_level = points_per_level,
+       .nearest = nearest,
+       .reference_points = reference_points,
+       .offset_scale = offset_scale,
+       .grad_output = grad_output},
+      deterministic, {value_needs_grad, points_need_grad, reference_needs_grad});
+  return {grads.value, grads.reference_points, grads.coordinates, grads.weights};
 }
 
 }  // namespace ms_deform_attn

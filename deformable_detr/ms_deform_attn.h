@@ -61,13 +61,16 @@ struct BackwardParams : Params {
 
   bool deterministic;  // sums in a fixed order (the CPU's always are)
 
+  // Null is what nobody asked for; on a CPU that saves its work, a GPU wants all but the last. Of
+  // the points either both are wanted, or none.
+  //
   // Of value's dtype, and every element is written, unless a cuda::BackwardPlan says otherwise.
   void* grad_value;  // [batch, spatial_size, heads, channels]
-  // As the operands are, and null where those are.
+  // As the operands are.
   void *grad_sampling_locations, *grad_attention_weights;  // plain
   void *grad_sampling_offsets, *grad_attention_logits;     // fused
   void* grad_reference_points;  // [batch, queries, heads, reference_levels, reference_coordinates]
-                                // of acc_t, or null: not wanted
+                                // of acc_t
   void* scratch;                // see cuda::BackwardPlan
 };
 

@@ -1,6 +1,7 @@
 """What callers may pass, and what they are told when they pass something else."""
 
-from dataclasses import replace
+import itertools
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -179,6 +180,37 @@ def test_a_pixel_influences_the_samples_that_have_it_as_a_corner(
         assert torch.equal(is_class(output), is_class(expected)), is_class.__name__
     finite = expected.isfinite()
     assert_close(output[finite], expected[finite], "output")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_that_nobody_asked_for(kernel, device, operator, dtype):
+    """Are not computed, and the others are as they would be with them."""
+    inputs = OPERATORS[operator](Case("some", ((9, 14), (5, 7)), channels=30), dtype, device)
+    backward = kernel.operations.OPERATIONS[
+        kernel.native.add_op_namespace_prefix(f"{operator}_backward")
+    ]
+    names = [f.name for f in fields(inputs) if f"grad_{f.name}" in inputs.gradient_names()]
+
+    def gradients_of(wanted):
+        some = {name: getattr(inputs, name).detach().requires_grad_() for name in wanted}
+        output = getattr(kernel, operator)(*replace(inputs, **some).args)
+        grads = torch.autograd.grad(output, list(some.values()), inputs.grad_output)
+        return dict(zip(wanted, grads))
+
+    everything = gradients_of(names)
+    for flags in itertools.product((False, True), repeat=len(names)):
+        wanted = [name for name, flag in zip(names, flags) if flag]
+        if not wanted:
+            continue
+        for name, grad in gradients_of(wanted).items():
+            if device == "cpu":
+                assert torch.equal(grad, everything[name]), name
+            else:
+                assert_close(grad, everything[name].double(), name)
+        options = (*backward.forward.defaults, *backward.request(flags, False))
+        results = backward.op(*inputs.args, inputs.grad_output, *options)
+        for name, result, asked in zip(names, results, backward.requested(options)):
+            assert result.shape == (getattr(inputs, name).shape if asked else (0,)), name
 
 
 @pytest.mark.parametrize("method", ["bilinear", "nearest"])

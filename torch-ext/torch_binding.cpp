@@ -16,8 +16,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "ms_deform_attn_backward(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
       "Tensor sampling_locations, Tensor attention_weights, Tensor grad_output, "
-      "int[]? points_per_level=None, bool nearest=False, bool deterministic=False) "
-      "-> (Tensor, Tensor, Tensor)");
+      "int[]? points_per_level=None, bool nearest=False, bool deterministic=False, "
+      "bool value_needs_grad=True, bool points_need_grad=True) -> (Tensor, Tensor, Tensor)");
   ops.def(
       "fused_ms_deform_attn_forward(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
       "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "fused_ms_deform_attn_backward(Tensor value, Tensor spatial_shapes, "
       "Tensor level_start_index, Tensor reference_points, Tensor sampling_offsets, "
       "Tensor attention_logits, Tensor grad_output, int[]? points_per_level, bool nearest, "
-      "float offset_scale, bool reference_needs_grad, bool deterministic=False) "
+      "float offset_scale, bool reference_needs_grad, bool deterministic=False, "
+      "bool value_needs_grad=True, bool points_need_grad=True) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -26,12 +26,12 @@ struct TileParams : BackwardParams {
 // What the tiles of a fused call take and give, for one batch.
 template <typename acc>
 struct FusedPoints {
-  explicit FusedPoints(int64_t points)
+  FusedPoints(int64_t points, bool differentiated)
       : pixels(2 * points, false),
         pixel_rests(2 * points, false),
         weights(points, false),
-        grad_locations(2 * points, false),
-        grad_weights(points, false) {
+        grad_locations(differentiated ? 2 * points : 0, false),
+        grad_weights(differentiated ? points : 0, false) {
     prefer_huge_pages(pixels.data(), 2 * points * sizeof(acc));
     prefer_huge_pages(pixel_rests.data(), 2 * points * sizeof(acc));
     prefer_huge_pages(weights.data(), points * sizeof(acc));
@@ -105,6 +105,7 @@ void differentiate_row(const BackwardParams& p, int64_t row, const acc* weight, 
     }
     if (grad_reference && p.reference_levels > 1) grad_reference += p.reference_coordinates;
   }
+  if (!p.grad_attention_logits) return;
   write_elements<scalar_t>(grad_weight, row * p.points, p.points, p.grad_attention_logits,
                            p.attention_logits.dtype);
   write_elements<scalar_t>(grad_location, row * p.points * 2, p.points * 2, p.grad_sampling_offsets,
@@ -117,7 +118,8 @@ void fused_backward(const BackwardParams& params) {
   using acc = acc_t<scalar_t>;
   const int64_t rows = params.queries * params.heads;
   const int64_t values = params.spatial_size * params.heads * params.channels;
-  const FusedPoints<acc> points(rows * params.points);
+  const bool differentiated = params.grad_attention_logits || params.grad_reference_points;
+  const FusedPoints<acc> points(rows * params.points, differentiated);
   const std::vector<Level> levels = read_levels(params);
 
   TileParams tile{params};
@@ -126,18 +128,21 @@ void fused_backward(const BackwardParams& params) {
   tile.pixel_rests = {points.pixel_rests.data(), kDType<acc>};
   tile.sampling_locations.dtype = kDType<acc>;  // the dtype of their gradients
   tile.attention_weights = {points.weights.data(), kDType<acc>};
-  tile.grad_sampling_locations = points.grad_locations.data();
-  tile.grad_attention_weights = points.grad_weights.data();
+  tile.grad_sampling_locations = differentiated ? points.grad_locations.data() : nullptr;
+  tile.grad_attention_weights = differentiated ? points.grad_weights.data() : nullptr;
 
   for (int64_t batch = 0; batch < params.batch; ++batch) {
     Tasks((rows + kTaskRows - 1) / kTaskRows).run([&](Tasks& tasks) {
       MSDA_FOR_CAPABILITY(fuse_rows<scalar_t>(params, levels, batch * rows, rows, points, tasks));
     });
     tile.value = static_cast<const scalar_t*>(params.value) + batch * values;
-    tile.grad_value = static_cast<scalar_t*>(params.grad_value) + batch * values;
+    if (params.grad_value) {
+      tile.grad_value = static_cast<scalar_t*>(params.grad_value) + batch * values;
+    }
     tile.grad_output =
         static_cast<const scalar_t*>(params.grad_output) + batch * rows * params.channels;
     compute_tiles<scalar_t>(tile);
+    if (!differentiated) continue;
     torch::stable::parallel_for(0, rows, kTaskRows, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t first = row * params.points;

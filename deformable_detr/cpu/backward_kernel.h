@@ -28,17 +28,29 @@ struct Workspace {
   Array<acc> pixels;       // the value and then the gradient of each pixel, in padded channels
 };
 
-// Copies the value of the tile's pixels into the workspace, and sets their gradients to zero.
+// Loads a pixel's channels as acc. The last register is filled up with zeros.
 template <typename scalar_t>
-MSDA_INLINE void load_tile(const scalar_t* value, int64_t pixel_stride, int32_t channels,
-                           int32_t pixels, int32_t padded, acc_t<scalar_t>* to) {
+MSDA_INLINE void load_pixel(const scalar_t* from, int32_t channels, acc_t<scalar_t>* to) {
   constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
-  for (int32_t pixel = 0; pixel < pixels; ++pixel, value += pixel_stride, to += 2 * padded) {
-    prefetch<false>(value, pixel_stride, channels);
-    int32_t c = 0;
-    for (; c + lanes <= channels; c += lanes) store(to + c, load(value + c));
-    if (c < channels) store(to + c, load(value + c, channels - c));
-    for (c = padded; c < 2 * padded; c += lanes) store(to + c, Vector<acc_t<scalar_t>>{});
+  int32_t c = 0;
+  for (; c + lanes <= channels; c += lanes) store(to + c, load(from + c));
+  if (c < channels) store(to + c, load(from + c, channels - c));
+}
+
+// Copies the value of the tile's pixels into the workspace, unless value is null, and sets their
+// gradients to zero, unless they are not wanted.
+template <typename scalar_t>
+MSDA_INLINE void load_tile(const scalar_t* value, bool wants_gradients, int64_t pixel_stride,
+                           int32_t channels, int32_t pixels, int32_t padded, acc_t<scalar_t>* to) {
+  constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
+  const int32_t end = wants_gradients ? 2 * padded : padded;
+  for (int32_t pixel = 0; pixel < pixels; ++pixel, to += 2 * padded) {
+    if (value) {
+      prefetch<false>(value, pixel_stride, channels);
+      load_pixel(value, channels, to);
+      value += pixel_stride;
+    }
+    for (int32_t c = padded; c < end; c += lanes) store(to + c, Vector<acc_t<scalar_t>>{});
   }
 }
 
@@ -114,9 +126,9 @@ MSDA_INLINE void find_in_tile(const Tile& tile, int32_t padded, int32_t count,
 }
 
 // For the points [first, last), which belong to one (batch, query, head), and for `vectors`
-// registers of channels: adds grad_output to the gradients of the corners, and to their dot
-// products.
-template <int32_t vectors, typename acc>
+// registers of channels: adds grad_output to the gradients of the corners, if they are wanted, and
+// to their dot products, which cost little.
+template <bool wants_gradients, int32_t vectors, typename acc>
 MSDA_INLINE void add_corners(const Workspace<acc>& space, int32_t first, int32_t last,
                              int32_t padded, int32_t channel) {
   constexpr int32_t lanes = kLanes<acc>;
@@ -132,14 +144,32 @@ MSDA_INLINE void add_corners(const Workspace<acc>& space, int32_t first, int32_t
     for (int corner = 0; corner < 4; ++corner) {
       acc* value = space.pixels.data() + space.offset[corner][i] + channel;
       acc* grad = value + padded;
-      const acc weight = space.points.corner_weight[corner][i];
+      [[maybe_unused]] const acc weight = space.points.corner_weight[corner][i];
 #pragma GCC unroll 4
       for (int32_t v = 0; v < vectors; ++v) {
         dot[corner] += grad_output[v] * load(value + v * lanes);
-        store(grad + v * lanes, load(grad + v * lanes) + weight * grad_output[v]);
+        if constexpr (wants_gradients) {
+          store(grad + v * lanes, load(grad + v * lanes) + weight * grad_output[v]);
+        }
       }
     }
     add_sums(dot, &space.dot[4 * int64_t(i)]);
+  }
+}
+
+template <bool wants_gradients, typename acc>
+MSDA_INLINE void add_corners(const Workspace<acc>& space, int32_t first, int32_t last,
+                             int32_t padded) {
+  constexpr int32_t lanes = kLanes<acc>;
+  int32_t c = 0;
+  for (; c + 4 * lanes <= padded; c += 4 * lanes) {
+    add_corners<wants_gradients, 4>(space, first, last, padded, c);
+  }
+  for (; c + 2 * lanes <= padded; c += 2 * lanes) {
+    add_corners<wants_gradients, 2>(space, first, last, padded, c);
+  }
+  for (; c + lanes <= padded; c += lanes) {
+    add_corners<wants_gradients, 1>(space, first, last, padded, c);
   }
 }
 
@@ -327,7 +357,7 @@ template <typename scalar_t>
 void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_block,
               Tasks& tasks) {
   using acc = acc_t<scalar_t>;
-  constexpr int32_t lanes = kLanes<acc>;
+  const bool differentiated = p.grad_attention_weights != nullptr;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t padded = tiles.padded_channels;
   const Workspace<acc> space(tiles.points_of_block, p.in_pixels(), padded, tiles.most_pixels);
@@ -340,8 +370,9 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
     const uint64_t* touched = tiles_of_block + (batch * p.heads + head) * tiles.blocks;
     const int64_t origin =
         (batch * p.spatial_size + tile.first_pixel()) * pixel_stride + head * p.channels;
-    load_tile(static_cast<const scalar_t*>(p.value) + origin, pixel_stride, p.channels,
-              tile.pixels_with_halo(), padded, space.pixels.data());
+    load_tile(differentiated ? static_cast<const scalar_t*>(p.value) + origin : nullptr,
+              p.grad_value != nullptr, pixel_stride, p.channels, tile.pixels_with_halo(), padded,
+              space.pixels.data());
     std::fill_n(space.pixels.data() + int64_t(tile.pixels_with_halo()) * 2 * padded, 2 * padded,
                 acc(0));
 
@@ -373,16 +404,14 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
         const scalar_t* grad_output =
             static_cast<const scalar_t*>(p.grad_output) + (row + int64_t(r) * p.heads) * p.channels;
         prefetch<false>(grad_output, pixel_stride, p.channels);
-        load_tile(grad_output, 0, p.channels, 1, 0, space.grad_output.data());
-        int32_t c = 0;
-        for (; c + 4 * lanes <= padded; c += 4 * lanes) {
-          add_corners<4>(space, first, last, padded, c);
+        load_pixel(grad_output, p.channels, space.grad_output.data());
+        if (p.grad_value) {
+          add_corners<true>(space, first, last, padded);
+        } else {
+          add_corners<false>(space, first, last, padded);
         }
-        for (; c + 2 * lanes <= padded; c += 2 * lanes) {
-          add_corners<2>(space, first, last, padded, c);
-        }
-        for (; c + lanes <= padded; c += lanes) add_corners<1>(space, first, last, padded, c);
       }
+      if (!differentiated) continue;
       differentiate_points(tile, p.method, count, space);
       if (tile.points == 4) {
         write_tile_points<scalar_t>(p, selection, 4, space);
@@ -390,6 +419,7 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
         write_tile_points<scalar_t>(p, selection, tile.points, space);
       }
     }
+    if (!p.grad_value) continue;
     store_tile(space.pixels.data(), padded, tile.pixels(), pixel_stride, p.channels,
                static_cast<scalar_t*>(p.grad_value) + origin);
   }

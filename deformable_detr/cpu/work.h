@@ -133,7 +133,7 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
   constexpr uintptr_t kHugePage = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & -kHugePage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & -kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (data && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 

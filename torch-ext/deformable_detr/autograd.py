@@ -106,9 +106,8 @@ def gradients(ctx, grad_outputs, first):
     needs = ctx.needs_input_grad
     if isinstance(operation, Forward):
         backward, positions = operation.backward, operation.differentiable
-        request = backward.request(needs[first:])
-        options = (*options, *request, torch.are_deterministic_algorithms_enabled())
-        found = call(backward, (*ctx.saved_tensors, *grad_outputs), options)
+        wanted = backward.request(needs[first:], torch.are_deterministic_algorithms_enabled())
+        found = call(backward, (*ctx.saved_tensors, *grad_outputs), (*options, *wanted))
     else:
         positions = [position for position in operation.differentiable if needs[first + position]]
         function, inputs = eager_function(operation, ctx.saved_tensors, options, positions)

@@ -59,8 +59,8 @@ class Forward(Operation):
 class Backward(Operation):
     """The gradients of an operator, one for each of its differentiable arguments.
 
-    Its options are the operator's, then what ``request`` returns, then deterministic. A gradient
-    that was not requested is a tensor of shape (0,).
+    Its options are the operator's, then what ``request`` returns. A gradient that was not requested
+    is a tensor of shape (0,).
     """
 
     def __init__(self, forward: Forward):
@@ -69,18 +69,20 @@ class Backward(Operation):
         super().__init__(
             f"{forward.definition.__name__}_backward",
             (*forward.tensors, "grad_output"),
-            (*forward.defaults, *self.request((True,) * len(forward.tensors)), False),
+            (*forward.defaults, *self.request((True,) * len(forward.tensors), False)),
         )
 
-    def request(self, needs):
-        """The options that ask for the gradients of the operator's tensors whose flag is set. The
-        plain op has none: it always computes all; the fused op can leave out that of the reference
-        points."""
-        return (needs[3],) if self.is_fused else ()
+    def request(self, needs, deterministic):
+        """The options that ask for the gradients of the operator's tensors whose flag is set. Those
+        of locations and weights, or of offsets and logits, come together."""
+        reference = (needs[3],) if self.is_fused else ()
+        weights = self.forward.weights
+        return (*reference, deterministic, needs[0], needs[weights - 1] or needs[weights])
 
     def requested(self, options):
         """A flag for each gradient: whether a call with these options computes it."""
-        return (True, options[3], True, True) if self.is_fused else (True, True, True)
+        *reference, _, value, points = options[len(self.forward.defaults) :]
+        return (value, *reference, points, points)
 
     def eager(self, tensors, options):
         *tensors, grad_output = tensors

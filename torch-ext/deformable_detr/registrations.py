@@ -100,19 +100,27 @@ def _call_op(operation, tensors, options):
 
 
 def _register_flops(operation, per_corner):
-    """Tells FlopCounterMode of the op: ``per_corner`` operations for each channel of each corner of
-    each sample. A bilinear sample has four corners, a nearest one has one. What does not grow with
-    the number of channels (locations, corner weights, softmax) is not counted.
+    """Tells FlopCounterMode of the op: ``per_corner(options)`` operations for each channel of each
+    corner of each sample. A bilinear sample has four corners, a nearest one has one. What does not
+    grow with the number of channels (locations, corner weights, softmax) is not counted.
     """
 
     def flops(*shapes, out_shape=None):
-        (value, *_), (_, nearest, *_) = operation.split(shapes)
+        (value, *_), options = operation.split(shapes)
         samples = math.prod(shapes[operation.weights])
-        return per_corner * (1 if nearest else 4) * samples * value[3]
+        return per_corner(options) * (1 if options[1] else 4) * samples * value[3]
 
     packet = getattr(ops, operation.op_name)
     if packet not in flop_counter.flop_registry:
         flop_counter.register_flop_formula(packet)(flops)
+
+
+def _flops_of_gradients(operation):
+    def per_corner(options):
+        value, *points = operation.requested(options)
+        return 2 * value + 2 * any(points)
+
+    return per_corner
 
 
 # ---------------------------------------------------------------------------------- registrations
@@ -124,11 +132,11 @@ def _register():
         _register_fake(operator, _output)
         _register_fake(operator.backward, _gradients)
         # Forward: multiply a corner's value by its weight, and add the product to the output.
-        _register_flops(operator, per_corner=2)
+        _register_flops(operator, lambda options: 2)
         # Backward: multiply grad_output by the corner's weight and add it to grad_value; multiply
         # the corner's value by grad_output and add it to the dot product that the gradients of
-        # weights and locations are made from.
-        _register_flops(operator.backward, per_corner=4)
+        # weights and locations are made from. Each if it is asked for.
+        _register_flops(operator.backward, _flops_of_gradients(operator.backward))
         for operation in (operator, operator.backward):
             _register_autograd(operation)
             _register_vmap(operation)
