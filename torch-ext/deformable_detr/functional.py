@@ -191,5 +191,6 @@ def ms_deform_attn_backward(
         RuntimeError, NotImplementedError: as for ``ms_deform_attn``.
     """
     tensors = (value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output)
-    options = (*PLAIN.defaults, torch.are_deterministic_algorithms_enabled())
-    return list(call(PLAIN.backward, tensors, options))
+    everything = (True,) * len(PLAIN.tensors)
+    wanted = PLAIN.backward.request(everything, torch.are_deterministic_algorithms_enabled())
+    return list(call(PLAIN.backward, tensors, (*PLAIN.defaults, *wanted)))
