@@ -105,20 +105,21 @@ class Tasks {
 
   // Calls worker(*this) on each of torch's threads, but on no more than there are tasks. Inside a
   // parallel region of the caller, only this thread works. What a worker throws is thrown here when
-  // all have ended: parallel_for would not tell what it was.
+  // all have ended: parallel_for would not tell what it was. (std::exception_ptr is of no libstdc++
+  // that manylinux allows.)
   template <typename Worker>
   void run(const Worker& worker) {
     const int64_t threads = std::min<int64_t>(count_, torch::stable::get_num_threads());
     std::atomic<bool> failed{false};
-    std::exception_ptr error;  // of the first that failed
+    std::string error;  // of the first that failed
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       try {
         worker(*this);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
+      } catch (const std::exception& exception) {
+        if (!failed.exchange(true)) error = exception.what();
       }
     });
-    if (error) std::rethrow_exception(error);
+    if (failed) throw std::runtime_error(error);
   }
 
  private:
