@@ -98,14 +98,13 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wante
   const ScalarType acc_dtype = is_half(params.value_dtype) ? ScalarType::Float : dtype;
 
   const auto nothing = [&] { return torch::stable::new_empty(inputs.value, {0}); };
-  const bool all = inputs.value.is_cuda();  // a GPU's kernels compute all, wanted or not
   const auto empty_like = [&](bool needed, const Tensor& tensor) {
     return needed ? torch::stable::empty_like(tensor) : nothing();
   };
-  Gradients grads{empty_like(wanted.value, inputs.value),
-                  empty_like(all || wanted.points, inputs.coordinates.tensor),
-                  empty_like(all || wanted.points, inputs.weights.tensor), nothing()};
-  params.grad_value = grads.value.data_ptr();
+  // A GPU sums the gradients of reference points from those of the points.
+  const bool points = wanted.points || (wanted.reference_points && inputs.value.is_cuda());
+  Gradients grads{nothing(), empty_like(points, inputs.coordinates.tensor),
+                  empty_like(points, inputs.weights.tensor), nothing()};
   (params.fused() ? params.grad_sampling_offsets : params.grad_sampling_locations) =
       grads.coordinates.data_ptr();
   (params.fused() ? params.grad_attention_logits : params.grad_attention_weights) =
@@ -120,14 +119,16 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wante
   }
 
   if (inputs.grad_output->numel() == 0 || params.points == 0) {
-    torch::stable::zero_(grads.value);
+    if (wanted.value) {
+      grads.value = torch::stable::new_zeros(inputs.value, inputs.value.sizes());
+    }
     torch::stable::zero_(grads.coordinates);
     torch::stable::zero_(grads.weights);
     torch::stable::zero_(grads.reference_points);
 #if defined(USE_CUDA)
   } else if (inputs.value.is_cuda()) {
     on_device(inputs.value, [&](void* stream) {
-      const cuda::BackwardPlan plan = cuda::plan_backward(params);
+      const cuda::BackwardPlan plan = cuda::plan_backward(params, wanted.value);
       Tensor scratch;
       if (plan.scratch.bytes > 0) {
         scratch = torch::stable::new_empty(inputs.value, {plan.scratch.bytes}, ScalarType::Byte);
@@ -135,8 +136,8 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wante
       }
       if (plan.adds_to_zeros) {
         grads.value = torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype);
-      } else if (!wanted.value) {
-        grads.value = torch::stable::empty_like(inputs.value);
+      } else {
+        grads.value = empty_like(wanted.value, inputs.value);
       }
       params.grad_value = grads.value.data_ptr();
       cuda::backward(params, plan, stream);
@@ -144,9 +145,10 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wante
     });
 #endif
   } else {
+    grads.value = empty_like(wanted.value, inputs.value);
+    params.grad_value = grads.value.data_ptr();
     cpu::backward(params);
   }
-  if (!wanted.value) grads.value = nothing();
   if (!wanted.points) grads.coordinates = grads.weights = nothing();
   grads.coordinates = convert(grads.coordinates, coordinates_dtype);
   grads.weights = convert(grads.weights, weights_dtype);

@@ -61,8 +61,8 @@ struct BackwardParams : Params {
 
   bool deterministic;  // sums in a fixed order (the CPU's always are)
 
-  // Null is what nobody asked for; on a CPU that saves its work, a GPU wants all but the last. Of
-  // the points either both are wanted, or none.
+  // Null is what nobody asked for. Of the points either both gradients are wanted, or none; on a GPU
+  // they are, if those of the reference points are.
   //
   // Of value's dtype, and every element is written, unless a cuda::BackwardPlan says otherwise.
   void* grad_value;  // [batch, spatial_size, heads, channels]

@@ -375,7 +375,7 @@ void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
   p.output = output.data();
   set_points(p, problem, references.data(), locations.data(), weights.data(),
              grad_references.data(), grad_locations.data(), grad_weights.data());
-  const cuda::BackwardPlan plan = cuda::plan_backward(p);
+  const cuda::BackwardPlan plan = cuda::plan_backward(p, true);
   std::vector<acc> sums(plan.adds_to_zeros ? tensors.grad_value.size() : 0);
   OnGpu grad_value = plan.adds_to_zeros ? space(sums) : space(tensors.grad_value);
   if (plan.adds_to_zeros) grad_value.clear();

@@ -1,8 +1,8 @@
 // Multi-scale deformable attention on the GPU, backward: the entry, and the choice between the ways
 // to sum grad_value. backward_kernels.h tells which file has which kernel.
 //
-// points_kernel works out the gradients of the points in every backward. What each point's corners
-// get, grad_output times attention and corner weight, is summed by one of three strategies:
+// points_kernel works out the gradients of the points. What each point's corners get, grad_output
+// times attention and corner weight, is summed by one of three strategies:
 //
 //  strategy  when                            what it costs
 //  gather    deterministic, or float64       Each block of pixels looks for its points: 1.0 to 2.4
@@ -21,7 +21,8 @@
 namespace ms_deform_attn::cuda {
 namespace {
 
-Strategy choose_strategy(const BackwardParams& p) {
+Strategy choose_strategy(const BackwardParams& p, bool value_needs_grad) {
+  if (!value_needs_grad) return Strategy::none;
   // float64 is for checking gradients, which must repeat. No other kernel is compiled for it.
   if (p.deterministic || p.value_dtype == DType::f64) return Strategy::gather;
   if (queries_are_pixels(p)) return Strategy::scatter;
@@ -39,10 +40,10 @@ Strategy choose_strategy(const BackwardParams& p) {
 
 }  // namespace
 
-BackwardPlan plan_backward(const BackwardParams& params) {
+BackwardPlan plan_backward(const BackwardParams& params, bool value_needs_grad) {
   BackwardPlan plan{};
-  plan.strategy = choose_strategy(params);
-  plan.adds_to_zeros = plan.strategy != Strategy::gather;
+  plan.strategy = choose_strategy(params, value_needs_grad);
+  plan.adds_to_zeros = plan.strategy == Strategy::direct || plan.strategy == Strategy::scatter;
   plan_points(params, plan);
   if (plan.strategy == Strategy::gather) plan_gather(params, plan);
   return plan;
@@ -50,8 +51,9 @@ BackwardPlan plan_backward(const BackwardParams& params) {
 
 void backward(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
   if (plan.slicing.reach_chunks > 0) launch_reach(params, plan, stream);
-  launch_points(params, plan, stream);
+  if (plan.runs_points_kernel) launch_points(params, plan, stream);
   switch (plan.strategy) {
+    case Strategy::none: break;
     case Strategy::direct: break;  // points_kernel has added to grad_value
     case Strategy::scatter: launch_scatter(params, plan, stream); break;
     case Strategy::gather: launch_gather(params, plan, stream); break;

@@ -567,7 +567,7 @@ void plan_gather(const BackwardParams& params, BackwardPlan& plan) {
   }
   const DeviceLimits limits;
   // In a fused call gather_kernel needs the softmaxes of points_kernel.
-  plan.overlaps_points = limits.overlaps_kernels && !params.fused();
+  plan.overlaps_points = plan.runs_points_kernel && limits.overlaps_kernels && !params.fused();
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     with_block<scalar_t>(params, [&](auto vec, auto lanes) {

@@ -123,9 +123,14 @@ __device__ __forceinline__ void finish_fused_row(const BackwardParams& p, const 
   }
 }
 
+// Whether anyone asked for the gradients of the points.
+__host__ __device__ __forceinline__ bool wants_points(const BackwardParams& p) {
+  return (p.fused() ? p.grad_attention_logits : p.grad_attention_weights) != nullptr;
+}
+
 // kSplit groups of kLanes lanes share a row's points. softmaxes: [batch, queries, heads], written
-// in a fused call for the kernel that sums grad_value; with kAdd there is no other. row_gradients:
-// in scratch, or null where they fit into shared memory.
+// in a fused call if another kernel is to sum grad_value, else null. row_gradients: in scratch, or
+// null where they fit into shared memory.
 template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, bool kAdd>
 __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     points_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch,
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   acc lane_sum = 0;  // of weight * grad_weight, over this lane's points
   if constexpr (kFused) {
     softmax = find_softmax<scalar_t, kTeam>(p, row.index);
-    if (!kAdd && lane == 0 && row.active()) softmaxes[row.index] = softmax;
+    if (!kAdd && softmaxes && lane == 0 && row.active()) softmaxes[row.index] = softmax;
     gradients.in_shared = reinterpret_cast<acc*>(levels + p.levels) + threadIdx.x / kTeam;
     if (kVec == 1 && row_gradients) {
       const int64_t block = (row.batch * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -179,6 +184,9 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
           row_gradients + block * RowGradients::of_block(p) + threadIdx.x / kTeam;
     }
   }
+
+  const bool differentiates = wants_points(p);
+  if (!kAdd && !differentiates) return;
 
   const int64_t origin = (row.batch * p.spatial_size * p.heads + row.head) * p.channels;
   PointCursor cursor(p, lane);
@@ -214,6 +222,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     for (int32_t team_channel = 0; team_channel < end_channel; team_channel += kLanes * kVec) {
       const int32_t channel = team_channel + lane % kLanes * kVec;
       const bool has_channel = row.active() && channel < p.channels;
+      const bool reads_value = has_channel && differentiates;
       const scalar_t* value = opaque(static_cast<const scalar_t*>(p.value) + origin + channel);
       acc* grad_value = opaque(static_cast<acc*>(p.grad_value) + origin + channel);
       acc grad[kVec] = {};
@@ -230,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         const int32_t offset_of[4] = {offset4.x, offset4.y, offset4.z, offset4.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (offset_of[j] >= 0 && has_channel) {
+          if (offset_of[j] >= 0 && reads_value) {
             corner[j] = Vector::load(Indexing::at(p, value, offset_of[j]));
           }
         }
@@ -263,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
 
     // Each lane finishes its point.
     __syncwarp();
-    if (has_point) {
+    if (has_point && differentiates) {
       PerCorner<acc> dot = dots[own_slot];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -306,7 +315,9 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     cursor.advance(p, kTeam);
   }
 
-  if constexpr (kFused) finish_fused_row<scalar_t, kTeam>(p, row, softmax, gradients, lane_sum);
+  if constexpr (kFused) {
+    if (differentiates) finish_fused_row<scalar_t, kTeam>(p, row, softmax, gradients, lane_sum);
+  }
 }
 
 // ---------------------------------------------------------------------------------------- launcher
@@ -367,10 +378,13 @@ void with_kernel(const BackwardParams& p, const BackwardPlan& plan, Function&& f
 // ----------------------------------------------------------------------------------------- entries
 
 void plan_points(const BackwardParams& params, BackwardPlan& plan) {
-  if (!params.fused()) return;
   Scratch& scratch = plan.scratch;
-  if (plan.strategy != Strategy::direct) {
-    // With direct, points_kernel alone needs the softmaxes, and has them in registers.
+  const bool has_successor =
+      plan.strategy == Strategy::scatter || plan.strategy == Strategy::gather;
+  plan.runs_points_kernel = wants_points(params) || plan.strategy == Strategy::direct ||
+                            (params.fused() && has_successor);
+  if (!params.fused() || !plan.runs_points_kernel) return;
+  if (has_successor) {
     const int64_t size =
         params.value_dtype == DType::f64 ? sizeof(Softmax<double>) : sizeof(Softmax<float>);
     scratch.softmaxes = scratch.reserve(count_rows(params) * size);

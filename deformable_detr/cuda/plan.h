@@ -6,8 +6,9 @@
 
 namespace ms_deform_attn::cuda {
 
-// How grad_value is summed. backward.cu says which one is for what, and why.
-enum class Strategy : int8_t { direct, scatter, gather };
+// How grad_value is summed: not at all, if nobody asked for it. backward.cu says which one is for
+// what, and why.
+enum class Strategy : int8_t { none, direct, scatter, gather };
 
 // How gather cuts the levels. backward_slices.cuh tells what these are for.
 struct Slicing {
@@ -35,6 +36,7 @@ struct Scratch {
 
 struct BackwardPlan {
   Strategy strategy;
+  bool runs_points_kernel;
   // Whether grad_value is of acc_t, zero on entry, and added to. Otherwise it is of value's dtype,
   // and every element is written.
   bool adds_to_zeros;
@@ -43,8 +45,9 @@ struct BackwardPlan {
   bool overlaps_points;  // whether gather_kernel may start before points_kernel ends
 };
 
-// Of the pointers in params, planning reads only which ones are null.
-BackwardPlan plan_backward(const BackwardParams& params);
+// Planning does not read params.grad_value, which is allocated by plan, and of the other pointers
+// only which ones are null.
+BackwardPlan plan_backward(const BackwardParams& params, bool value_needs_grad);
 void backward(const BackwardParams& params, const BackwardPlan& plan, void* stream);
 
 }  // namespace ms_deform_attn::cuda
