@@ -10,12 +10,23 @@ namespace {
 
 // ------------------------------------------------------------------------------------------ kernel
 
-// Half types are faster in small blocks: a block's place is free when its last warp ends.
-template <typename scalar_t>
-constexpr int kForwardThreads = sizeof(scalar_t) == 2 ? kThreads / 2 : kThreads;
-// Blocks that share the registers of a multiprocessor.
-template <typename scalar_t, int kAhead>
-constexpr int kForwardBlocks = (kAhead == 1 ? 1024 : 768) / kForwardThreads<scalar_t>;
+// How rows are served; choose() below says which for what.
+//
+// split: groups of lanes that share the points of a row.
+// ahead: points whose corners a group loads before it uses the first. More loads are in flight, but
+//     fewer warps fit.
+// threads: of a block. In small blocks a place is free sooner, when the last warp ends.
+// compact: code that is executed once. A small problem takes as long as its instructions take to
+//     arrive, 15 KB of them else: levels are read by the lanes that need them, without a table in
+//     shared memory, and loops are not unrolled.
+template <int split, int ahead, int threads, bool compact = false>
+struct Schedule {
+  static constexpr int kSplit = split, kAhead = ahead, kThreads = threads;
+  static constexpr bool kCompact = compact;
+  // Blocks that share the registers of a multiprocessor.
+  static constexpr int kBlocks = (ahead == 1 ? 1024 : ahead == 2 ? 768 : 512) / threads;
+};
+
 // Whether the queries of an encoder are served in strips, four tiles a block: that brings more
 // samples into L1. Half types are bound by instructions instead, and in fused calls the longer
 // blocks cost as much as they save. On an H100, 2026-11-28, with and without, in us: fp32
@@ -24,13 +35,24 @@ template <typename scalar_t, Source kSource>
 constexpr bool kForwardStrips = sizeof(scalar_t) > 2 && !kIsFused<kSource>;
 constexpr int kStripTiles = 4;
 
+// A compact kernel has no table of levels.
+template <bool kCompact, typename LevelEntry>
+__device__ __forceinline__ decltype(auto) find_level(const Params& p, const LevelEntry* levels,
+                                                     int32_t index) {
+  if constexpr (kCompact) {
+    return read_level_entry<LevelEntry>(p, index);
+  } else {
+    return (levels[index]);
+  }
+}
+
 // Stores the channels of lanes whose sum is not finite. The kernel below multiplies what it has in
 // the place of a corner outside the map by zero, which makes NaN of an infinity that is no corner
 // of the point. Here such corners are left out. Not inlined and with its arguments by value, so
 // that it takes no registers from the kernel, to which it costs one test a row. To zero the corners
 // in the kernel instead costs 14 to 21%. The whole warp takes part, as a call by some of its lanes
 // would change the uniform registers of the others.
-template <typename scalar_t, Source kSource, int kVec, typename LevelEntry>
+template <typename scalar_t, Source kSource, int kVec, bool kCompact, typename LevelEntry>
 __device__ __noinline__ void store_not_finite(const Params& p, const LevelEntry* levels,
                                               TeamRow row, int32_t channel, bool stores,
                                               Softmax<acc_t<scalar_t>> softmax) {
@@ -47,7 +69,8 @@ __device__ __noinline__ void store_not_finite(const Params& p, const LevelEntry*
     if (stores) {
       reader.read(p);
       const acc weight = find_weight(p, reader, softmax);
-      const Corners<acc> corners = find_corners(p, reader, cursor.level, levels[cursor.level]);
+      const Corners<acc> corners =
+          find_corners(p, reader, cursor.level, find_level<kCompact>(p, levels, cursor.level));
       for (int j = 0; j < 4; ++j) {
         if (corners.pixel[j] == kOutside) continue;
         acc x[kVec];
@@ -63,45 +86,50 @@ __device__ __noinline__ void store_not_finite(const Params& p, const LevelEntry*
   Vector::pack(sum).store(static_cast<scalar_t*>(p.output) + row.index * p.channels + channel);
 }
 
-// kSplit groups of kLanes lanes share a row: each adds up every kSplit-th point. The corners of
-// kAhead points are loaded before they are used: more loads are in flight, but fewer warps fit.
 // kTiles: adjacent tiles that a block serves, of which the next finds samples of the last in L1.
-template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, int kAhead,
-          int kTiles>
-__global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scalar_t, kAhead>)
+template <typename scalar_t, Source kSource, int kVec, int kLanes, typename Schedule, int kTiles>
+__global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
     forward_kernel(const __grid_constant__ Params p, int64_t first_batch) {
   using acc = acc_t<scalar_t>;
-  using Layout = cuda::Layout<kLanes, kSplit, kForwardThreads<scalar_t>>;
+  constexpr int kSplit = Schedule::kSplit, kAhead = Schedule::kAhead;
+  constexpr bool kCompact = Schedule::kCompact, kFused = kIsFused<kSource>;
+  using Layout = cuda::Layout<kLanes, kSplit, Schedule::kThreads>;
   using Vector = Vec<scalar_t, kVec>;
   using Indexing = cuda::Indexing<scalar_t, kVec>;
   using LevelEntry = cuda::LevelEntry<scalar_t, kSource>;
-  constexpr bool kFused = kIsFused<kSource>;
   extern __shared__ __align__(16) char memory[];
   __shared__ int4 offsets[Layout::kSlots];            // of each corner in value
   __shared__ PerCorner<acc> weights[Layout::kSlots];  // corner weight * attention weight
-
-  LevelEntry* levels = reinterpret_cast<LevelEntry*>(memory);
 
   const int lane = threadIdx.x % Layout::kTeam;
   const int split = lane / kLanes;
   const int32_t all_points = p.points;
   const int own_slot = Layout::first_slot() + lane * Layout::kPitch;
   const int group_slot = Layout::first_slot() + split * Layout::kPitch;
-  const bool strips = kForwardStrips<scalar_t, kSource> && queries_are_pixels(p);
+  const bool strips = !kCompact && kForwardStrips<scalar_t, kSource> && queries_are_pixels(p);
 
   const int64_t first_tile = int64_t(blockIdx.x) * kTiles;
   TeamRow row = find_row<Layout>(p, first_batch, first_tile);
   PointReader<scalar_t, kSource> reader;
+  // A compact kernel reads a point where it is used, the others one stage before.
+  const auto read = [&](int32_t point) {
+    if (point < row.points) reader.read(p);
+  };
   const auto read_first = [&] {
     reader.seek(p, row.index, row.query_index(p), lane);
-    if (lane < row.points) reader.read(p);
+    if (!kCompact) read(lane);
   };
 
-  // The first points are on their way while the levels arrive.
-  LevelLoader<LevelEntry> level_loader;
-  level_loader.load(p);
-  if (!strips) read_first();
-  level_loader.store(p, levels);
+  LevelEntry* levels = reinterpret_cast<LevelEntry*>(memory);
+  if constexpr (!kCompact) {
+    // The first points are on their way while the levels arrive.
+    LevelLoader<LevelEntry> level_loader;
+    level_loader.load(p);
+    if (!strips) read_first();
+    level_loader.store(p, levels);
+  } else {
+    read_first();
+  }
 
   for (int tile = 0; tile < kTiles; ++tile) {
     if (tile > 0) row = find_row<Layout>(p, first_batch, first_tile + tile);
@@ -128,6 +156,7 @@ __global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scal
       for (int32_t first = 0; first < all_points; first += Layout::kTeam) {
         // Each lane works out one point.
         const bool has_point = first + lane < row.points;
+        if constexpr (kCompact) read(first + lane);
         acc weight = 0;
         if constexpr (kFused) {
           acc rescale;
@@ -139,7 +168,8 @@ __global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scal
         PerCorner<acc> own_weights = {};
         if (has_point) {
           if constexpr (!kFused) weight = reader.weight(p);
-          corners = find_corners(p, reader, cursor.level, levels[cursor.level]);
+          corners =
+              find_corners(p, reader, cursor.level, find_level<kCompact>(p, levels, cursor.level));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             own_weights.corner[j] =
@@ -147,7 +177,7 @@ __global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scal
           }
         }
         reader.skip(p, Layout::kTeam);
-        if (first + Layout::kTeam + lane < row.points) reader.read(p);
+        if constexpr (!kCompact) read(first + Layout::kTeam + lane);
         cursor.advance(p, Layout::kTeam);
         __syncwarp();
         offsets[own_slot] = Indexing::offsets(p, corners.pixel);
@@ -155,7 +185,7 @@ __global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scal
         __syncwarp();
 
         // Each group adds up its points.
-#pragma unroll
+#pragma unroll(kCompact ? 1 : kLanes / kAhead)
         for (int i = 0; i < kLanes; i += kAhead) {
           if ((kAhead > 1 || i % 4 == 0) && first + i * kSplit >= all_points) break;
           PerCorner<acc> of[kAhead];
@@ -204,8 +234,8 @@ __global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scal
                                 channel);
       }
       if (__any_sync(0xffffffff, stores && finite != 0)) {
-        store_not_finite<scalar_t, kSource, kVec>(p, levels, row, channel, stores && finite != 0,
-                                                  {softmax.largest, scale});
+        store_not_finite<scalar_t, kSource, kVec, kCompact>(
+            p, levels, row, channel, stores && finite != 0, {softmax.largest, scale});
       }
     }
   }
@@ -213,52 +243,81 @@ __global__ void __launch_bounds__(kForwardThreads<scalar_t>, kForwardBlocks<scal
 
 // ---------------------------------------------------------------------------------------- launcher
 
-template <typename scalar_t, int kVec, int kLanes, int kSplit, int kAhead>
+template <typename scalar_t, int kVec, int kLanes, typename Schedule>
 void launch_forward(const Params& p, void* stream) {
-  using Layout = cuda::Layout<kLanes, kSplit, kForwardThreads<scalar_t>>;
+  using Layout = cuda::Layout<kLanes, Schedule::kSplit, Schedule::kThreads>;
   with_source<scalar_t>(p, [&](auto source) {
+    const int64_t level_bytes =
+        Schedule::kCompact ? 0 : p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>));
     const auto launch_tiles = [&](auto tiles) {
-      const auto kernel =
-          forward_kernel<scalar_t, source.value, kVec, kLanes, kSplit, kAhead, tiles.value>;
       const Grid grid{Layout::query_blocks(p, tiles.value), Layout::head_blocks(p),
-                      kForwardThreads<scalar_t>,
-                      p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>))};
-      return launch(kernel, p, grid, stream);
+                      Schedule::kThreads, level_bytes};
+      launch(forward_kernel<scalar_t, source.value, kVec, kLanes, Schedule, tiles.value>, p, grid,
+             stream);
     };
-    if constexpr (kForwardStrips<scalar_t, source.value> && kAhead == 1) {
+    if constexpr (kForwardStrips<scalar_t, source.value> && Schedule::kAhead == 1) {
       if (queries_are_pixels(p)) {
         return launch_tiles(std::integral_constant<int, kStripTiles>{});
       }
     }
-    return launch_tiles(std::integral_constant<int, 1>{});
+    launch_tiles(std::integral_constant<int, 1>{});
   });
 }
 
-// With fewer rows a GPU waits for memory more than for anything else.
-constexpr int64_t kManyRows = 131072;
+// Half types are faster in small blocks.
+template <typename scalar_t>
+using Plain = Schedule<1, 1, sizeof(scalar_t) == 2 ? kThreads / 2 : kThreads>;
+
+// choose<scalar_t, kLanes, kVec>(p, [&](auto schedule) { ... }): with fewer rows a GPU waits for
+// memory more than for anything else. On an H100, 2026-11-28, in us, beside what was there before:
+//
+//   rows up to 2048      seed_b1_q100 fp32 7.2, 9.8; fp16 6.5, 7.1. An empty kernel takes 3.2.
+//   8192, fp32           hub_b2_q300 11.1, 12.6; seed_b2_q300 8.7, 10.7
+//   131072, fp32         gdino_decoder_b4 42.3, 44.7; rtdetr_decoder_b16 48.3, 50.8. Between 8192
+//   and
+//                        16384 rows (ddetr_decoder_b4) it would be slower by a tenth.
+//   131072, half         rtdetr_decoder_b16 fp16 36.3, 41.7, whose value does not fit into L2;
+//                        where it does, it would be slower by up to 3%
+//
+// Those with their own kernels are for the 32 channels that most models have, so that the library
+// stays small.
+template <typename scalar_t, int kLanes, int kVec, typename Function>
+void choose(const Params& p, Function&& function) {
+  constexpr int64_t kManyRows = 131072;
+  constexpr int64_t kL2Bytes = 50 << 20;
+  constexpr bool kHalf = sizeof(scalar_t) == 2, kFloat = sizeof(scalar_t) == 4;
+  const int64_t rows = count_rows(p);
+  if (rows > kManyRows) return function(Plain<scalar_t>{});
+  if constexpr (kLanes * kVec == 32 && (kHalf || kFloat)) {
+    const int64_t bytes = p.batch * p.spatial_size * p.heads * p.channels * sizeof(scalar_t);
+    if (rows <= kFewRows / 8) return function(Schedule<4, 4, 64, true>{});
+    if constexpr (kFloat) {
+      if (rows <= kFewRows / 2) return function(Schedule<2, 2, 128, true>{});
+    }
+    if (rows > kFewRows && (kFloat || bytes > kL2Bytes)) return function(Schedule<1, 4, 128>{});
+  }
+  if constexpr (!kHalf) return function(Schedule<1, 2, kThreads>{});
+  if constexpr (kHalf && kLanes <= 4) {
+    if (rows <= kFewRows) return function(Schedule<4, 2, kThreads / 2>{});
+  }
+  function(Plain<scalar_t>{});
+}
 
 }  // namespace
 
 // ------------------------------------------------------------------------------------------- entry
 
 void forward(const Params& params, void* stream) {
-  const int64_t rows = count_rows(params);
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     constexpr int kVec = 16 / sizeof(scalar_t);
     if (params.channels % kVec != 0 || !Indexing<scalar_t, kVec>::fits(params)) {
-      return launch_forward<scalar_t, 1, 32, 1, 1>(params, stream);
+      return launch_forward<scalar_t, 1, 32, Plain<scalar_t>>(params, stream);
     }
     with_lanes<2, 32>(params.channels / kVec, [&](auto lanes) {
-      constexpr int kLanes = lanes.value;
-      constexpr bool kHalf = sizeof(scalar_t) == 2;
-      if constexpr (kHalf && kLanes <= 4) {
-        if (rows <= kFewRows) return launch_forward<scalar_t, kVec, kLanes, 4, 2>(params, stream);
-      }
-      if constexpr (!kHalf) {
-        if (rows <= kManyRows) return launch_forward<scalar_t, kVec, kLanes, 1, 2>(params, stream);
-      }
-      launch_forward<scalar_t, kVec, kLanes, 1, 1>(params, stream);
+      choose<scalar_t, lanes.value, kVec>(params, [&](auto schedule) {
+        launch_forward<scalar_t, kVec, lanes.value, decltype(schedule)>(params, stream);
+      });
     });
   });
 }
