@@ -93,23 +93,24 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wante
   params.grad_output = inputs.grad_output->data_ptr();
   params.deterministic = deterministic;
 
-  // Half types are summed in float.
-  const ScalarType dtype = inputs.value.scalar_type();
-  const ScalarType acc_dtype = is_half(params.value_dtype) ? ScalarType::Float : dtype;
-
   const auto nothing = [&] { return torch::stable::new_empty(inputs.value, {0}); };
   const auto empty_like = [&](bool needed, const Tensor& tensor) {
     return needed ? torch::stable::empty_like(tensor) : nothing();
   };
   // A GPU sums the gradients of reference points from those of the points.
   const bool points = wanted.points || (wanted.reference_points && inputs.value.is_cuda());
-  Gradients grads{nothing(), empty_like(points, inputs.coordinates.tensor),
+  Gradients grads{empty_like(wanted.value, inputs.value),
+                  empty_like(points, inputs.coordinates.tensor),
                   empty_like(points, inputs.weights.tensor), nothing()};
+  params.grad_value = grads.value.data_ptr();
   (params.fused() ? params.grad_sampling_offsets : params.grad_sampling_locations) =
       grads.coordinates.data_ptr();
   (params.fused() ? params.grad_attention_logits : params.grad_attention_weights) =
       grads.weights.data_ptr();
   if (wanted.reference_points) {
+    // Summed over the heads below, half types in float.
+    const ScalarType acc_dtype =
+        is_half(params.value_dtype) ? ScalarType::Float : inputs.value.scalar_type();
     grads.reference_points =
         torch::stable::new_empty(inputs.value,
                                  {params.batch, params.queries, params.heads,
@@ -119,34 +120,23 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wante
   }
 
   if (inputs.grad_output->numel() == 0 || params.points == 0) {
-    if (wanted.value) {
-      grads.value = torch::stable::new_zeros(inputs.value, inputs.value.sizes());
-    }
+    torch::stable::zero_(grads.value);
     torch::stable::zero_(grads.coordinates);
     torch::stable::zero_(grads.weights);
     torch::stable::zero_(grads.reference_points);
 #if defined(USE_CUDA)
   } else if (inputs.value.is_cuda()) {
     on_device(inputs.value, [&](void* stream) {
-      const cuda::BackwardPlan plan = cuda::plan_backward(params, wanted.value);
+      const cuda::BackwardPlan plan = cuda::plan_backward(params);
       Tensor scratch;
       if (plan.scratch.bytes > 0) {
         scratch = torch::stable::new_empty(inputs.value, {plan.scratch.bytes}, ScalarType::Byte);
         params.scratch = scratch.data_ptr();
       }
-      if (plan.adds_to_zeros) {
-        grads.value = torch::stable::new_zeros(inputs.value, inputs.value.sizes(), acc_dtype);
-      } else {
-        grads.value = empty_like(wanted.value, inputs.value);
-      }
-      params.grad_value = grads.value.data_ptr();
       cuda::backward(params, plan, stream);
-      grads.value = convert(grads.value, dtype);
     });
 #endif
   } else {
-    grads.value = empty_like(wanted.value, inputs.value);
-    params.grad_value = grads.value.data_ptr();
     cpu::backward(params);
   }
   if (!wanted.points) grads.coordinates = grads.weights = nothing();

@@ -64,7 +64,7 @@ struct BackwardParams : Params {
   // Null is what nobody asked for. Of the points either both gradients are wanted, or none; on a GPU
   // they are, if those of the reference points are.
   //
-  // Of value's dtype, and every element is written, unless a cuda::BackwardPlan says otherwise.
+  // Every element is written.
   void* grad_value;  // [batch, spatial_size, heads, channels]
   // As the operands are.
   void *grad_sampling_locations, *grad_attention_weights;  // plain

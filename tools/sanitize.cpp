@@ -360,7 +360,6 @@ OnGpu space(const std::vector<T>& tensor) {
 
 template <typename T>
 void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
-  using acc = acc_t<T>;
   BackwardParams p = make_params(problem, tensors);
   OnGpu value = copy(tensors.value), shapes = copy(tensors.shapes), starts = copy(tensors.starts),
         locations = copy(tensors.locations), weights = copy(tensors.weights),
@@ -375,12 +374,10 @@ void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
   p.output = output.data();
   set_points(p, problem, references.data(), locations.data(), weights.data(),
              grad_references.data(), grad_locations.data(), grad_weights.data());
-  const cuda::BackwardPlan plan = cuda::plan_backward(p, true);
-  std::vector<acc> sums(plan.adds_to_zeros ? tensors.grad_value.size() : 0);
-  OnGpu grad_value = plan.adds_to_zeros ? space(sums) : space(tensors.grad_value);
-  if (plan.adds_to_zeros) grad_value.clear();
-  OnGpu scratch(nullptr, plan.scratch.bytes);
+  OnGpu grad_value = space(tensors.grad_value);
   p.grad_value = grad_value.data();
+  const cuda::BackwardPlan plan = cuda::plan_backward(p);
+  OnGpu scratch(nullptr, plan.scratch.bytes);
   p.scratch = scratch.data();
   cuda::forward(p, nullptr);
   cuda::backward(p, plan, nullptr);
@@ -390,12 +387,7 @@ void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
   grad_locations.read(tensors.grad_locations.data(), "grad_sampling_locations");
   grad_weights.read(tensors.grad_weights.data(), "grad_attention_weights");
   grad_references.read(tensors.grad_references.data(), "grad_reference_points");
-  if (plan.adds_to_zeros) {
-    grad_value.read(sums.data(), "grad_value");
-    for (size_t i = 0; i < sums.size(); ++i) tensors.grad_value[i] = static_cast<T>(sums[i]);
-  } else {
-    grad_value.read(tensors.grad_value.data(), "grad_value");
-  }
+  grad_value.read(tensors.grad_value.data(), "grad_value");
 }
 
 template <typename T>

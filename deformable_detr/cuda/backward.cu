@@ -13,16 +13,15 @@
 //  direct    otherwise                       An atomic for each corner of each point.
 //
 // Scatter and direct add to grad_value, which has to be cleared before; in a half type they add to
-// a float copy of it, cleared before and converted after, because sums in a half type would be 2 to
-// 20 times less exact.
+// sums in float, cleared before and converted after: see backward_sums.cu.
 #include "deformable_detr/cuda/backward_kernels.h"
 #include "deformable_detr/cuda/layout.cuh"
 
 namespace ms_deform_attn::cuda {
 namespace {
 
-Strategy choose_strategy(const BackwardParams& p, bool value_needs_grad) {
-  if (!value_needs_grad) return Strategy::none;
+Strategy choose_strategy(const BackwardParams& p) {
+  if (!p.grad_value) return Strategy::none;
   // float64 is for checking gradients, which must repeat. No other kernel is compiled for it.
   if (p.deterministic || p.value_dtype == DType::f64) return Strategy::gather;
   if (queries_are_pixels(p)) return Strategy::scatter;
@@ -38,12 +37,16 @@ Strategy choose_strategy(const BackwardParams& p, bool value_needs_grad) {
   return gather ? Strategy::gather : Strategy::direct;
 }
 
+bool adds(Strategy strategy) {
+  return strategy == Strategy::direct || strategy == Strategy::scatter;
+}
+
 }  // namespace
 
-BackwardPlan plan_backward(const BackwardParams& params, bool value_needs_grad) {
+BackwardPlan plan_backward(const BackwardParams& params) {
   BackwardPlan plan{};
-  plan.strategy = choose_strategy(params, value_needs_grad);
-  plan.adds_to_zeros = plan.strategy == Strategy::direct || plan.strategy == Strategy::scatter;
+  plan.strategy = choose_strategy(params);
+  if (adds(plan.strategy)) plan_sums(params, plan);
   plan_points(params, plan);
   if (plan.strategy == Strategy::gather) plan_gather(params, plan);
   return plan;
@@ -51,12 +54,21 @@ BackwardPlan plan_backward(const BackwardParams& params, bool value_needs_grad) 
 
 void backward(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
   if (plan.slicing.reach_chunks > 0) launch_reach(params, plan, stream);
-  if (plan.runs_points_kernel) launch_points(params, plan, stream);
+  BackwardParams with_sums = params;
+  if (adds(plan.strategy)) {
+    void* sums = in_scratch<void>(params, plan.scratch.sums);
+    if (sums) with_sums.grad_value = sums;
+    launch_clear(params, with_sums.grad_value, stream);
+  }
+  if (plan.runs_points_kernel) launch_points(with_sums, plan, stream);
   switch (plan.strategy) {
     case Strategy::none: break;
     case Strategy::direct: break;  // points_kernel has added to grad_value
-    case Strategy::scatter: launch_scatter(params, plan, stream); break;
+    case Strategy::scatter: launch_scatter(with_sums, plan, stream); break;
     case Strategy::gather: launch_gather(params, plan, stream); break;
+  }
+  if (plan.scratch.sums != Scratch::kNone) {
+    launch_convert(params, plan, with_sums.grad_value, stream);
   }
 }
 

@@ -7,6 +7,14 @@ namespace ms_deform_attn::cuda {
 
 // The plan_ functions follow plan.strategy and add to the rest of the plan.
 
+// backward_sums.cu
+void plan_sums(const BackwardParams& params, BackwardPlan& plan);
+void launch_clear(const BackwardParams& params, void* sums, void* stream);
+void launch_convert(const BackwardParams& params, const BackwardPlan& plan, const void* sums,
+                    void* stream);
+
+// The kernels that add to sums have them as params.grad_value.
+
 // backward_points.cu
 void plan_points(const BackwardParams& params, BackwardPlan& plan);
 void launch_points(const BackwardParams& params, const BackwardPlan& plan, void* stream);

@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     }
   }
 
+  if constexpr (kAdd) wait_for_previous_kernel();  // which clears the sums
   const bool differentiates = wants_points(p);
   if (!kAdd && !differentiates) return;
 
@@ -410,7 +411,7 @@ void launch_points(const BackwardParams& params, const BackwardPlan& plan, void*
                 using acc = decltype(zero);
                 acc* row_gradients = in_scratch<acc>(params, plan.scratch.row_gradients);
                 const Grid grid{Layout::query_blocks(params), Layout::head_blocks(params), kThreads,
-                                level_bytes + (row_gradients ? 0 : of_block)};
+                                level_bytes + (row_gradients ? 0 : of_block), plan.overlaps_sums};
                 launch(kernel, params, grid, stream,
                        in_scratch<Softmax<acc>>(params, plan.scratch.softmaxes), row_gradients);
               });

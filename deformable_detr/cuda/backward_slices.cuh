@@ -297,25 +297,6 @@ struct GatherMemory {
 
 // -------------------------------------------------------------------------------------------- plan
 
-struct DeviceLimits {
-  int multiprocessors, block_memory, multiprocessor_memory;  // shared memory in bytes
-  bool overlaps_kernels;
-
-  DeviceLimits() {
-    int device = 0;
-    check_cuda(cudaGetDevice(&device));
-    const auto find = [&](cudaDeviceAttr attribute) {
-      int limit = 0;
-      check_cuda(cudaDeviceGetAttribute(&limit, attribute, device));
-      return limit;
-    };
-    multiprocessors = find(cudaDevAttrMultiProcessorCount);
-    block_memory = find(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    multiprocessor_memory = find(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    overlaps_kernels = find(cudaDevAttrComputeCapabilityMajor) >= 9;
-  }
-};
-
 constexpr int kGatherBlocks = 3;  // that share a multiprocessor, if their shared memory allows
 constexpr int kMinCandidates = 128;
 constexpr int kMinSlicePixels = 128;  // before min_slices cuts, or the plan shrinks

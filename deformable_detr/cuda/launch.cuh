@@ -24,6 +24,25 @@ inline void check_cuda(cudaError_t error) {
   throw std::runtime_error(cudaGetErrorString(error));
 }
 
+struct DeviceLimits {
+  int multiprocessors, block_memory, multiprocessor_memory;  // shared memory in bytes
+  bool overlaps_kernels;
+
+  DeviceLimits() {
+    int device = 0;
+    check_cuda(cudaGetDevice(&device));
+    const auto find = [&](cudaDeviceAttr attribute) {
+      int limit = 0;
+      check_cuda(cudaDeviceGetAttribute(&limit, attribute, device));
+      return limit;
+    };
+    multiprocessors = find(cudaDevAttrMultiProcessorCount);
+    block_memory = find(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    multiprocessor_memory = find(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    overlaps_kernels = find(cudaDevAttrComputeCapabilityMajor) >= 9;
+  }
+};
+
 // The blocks of a kernel. As z they have the batches.
 struct Grid {
   int64_t blocks_x, blocks_y;
@@ -65,6 +84,24 @@ void allow_shared_memory(Kernel kernel, int64_t bytes) {
                                   static_cast<int>(limit)));
 }
 
+// Launches kernel(arguments...) once.
+template <typename... Parameters, typename... Arguments>
+void launch_blocks(void (*kernel)(Parameters...), const Grid& grid, int64_t blocks_z, void* stream,
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks_x), static_cast<unsigned>(grid.blocks_y),
+                        static_cast<unsigned>(blocks_z));
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_memory;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = grid.overlaps_previous ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 // Launches kernel(p, first_batch, arguments...), as often as the batches take: its blocks serve
 // those from first_batch on.
 template <typename ParamsType, typename... Arguments>
@@ -78,24 +115,13 @@ void launch(void (*kernel)(ParamsType, int64_t, Arguments...), const ParamsType&
   allow_shared_memory(kernel, grid.shared_memory);
   for (int64_t first_batch = 0; first_batch < p.batch; first_batch += kMaxBlocksYZ) {
     const int64_t batches = std::min(p.batch - first_batch, kMaxBlocksYZ);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(grid.blocks_x),
-                          static_cast<unsigned>(grid.blocks_y), static_cast<unsigned>(batches));
-    config.blockDim = dim3(grid.threads);
-    config.dynamicSmemBytes = grid.shared_memory;
-    config.stream = static_cast<cudaStream_t>(stream);
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = grid.overlaps_previous ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, p, first_batch, arguments...));
+    launch_blocks(kernel, grid, batches, stream, p, first_batch, arguments...);
   }
 }
 
 // On sm_90 a kernel whose grid overlaps the previous one may start while that still runs
-// (programmatic dependent launch). The previous one says from where on; the kernel itself has to
-// wait before it ends, so that whatever follows it in the stream also follows both.
+// (programmatic dependent launch). The previous one says from where on; the kernel itself has
+// to wait before it ends, so that whatever follows it in the stream also follows both.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -107,8 +133,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// with_lanes<2, 32>(n, [&](auto lanes) { ... lanes.value ... }): the power of two from 2 to 32 at
-// or above n (or 32), as a constant.
+// with_lanes<2, 32>(n, [&](auto lanes) { ... lanes.value ... }): the power of two from 2 to 32
+// at or above n (or 32), as a constant.
 template <int kMin, int kMax, typename Function>
 auto with_lanes(int64_t n, Function&& function) {
   if constexpr (kMin < kMax) {
@@ -117,8 +143,9 @@ auto with_lanes(int64_t n, Function&& function) {
   return function(std::integral_constant<int, kMin>{});
 }
 
-// with_vectors<scalar_t, kMax>(p, [&](auto vec, auto lanes) { ... }): how a team of the backward
-// holds channels, as constants: up to 8 lanes with vectors of kMax channels, or 32 with one each.
+// with_vectors<scalar_t, kMax>(p, [&](auto vec, auto lanes) { ... }): how a team of the
+// backward holds channels, as constants: up to 8 lanes with vectors of kMax channels, or 32
+// with one each.
 template <typename scalar_t, int kMax, typename Function>
 auto with_vectors(const Params& p, Function&& function) {
   // float64 is for checking gradients, and its one channel a lane keeps the library small.

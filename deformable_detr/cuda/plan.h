@@ -22,6 +22,7 @@ struct Slicing {
 // What a backward keeps in params.scratch, by offsets in bytes.
 struct Scratch {
   static constexpr int64_t kNone = -1;
+  int64_t sums = kNone;           // of grad_value, in float, where that has a half type
   int64_t softmaxes = kNone;      // [batch, queries, heads]: points_kernel -> scatter, gather
   int64_t row_gradients = kNone;  // of each block: points_kernel, if shared memory is full
   int64_t reaches = kNone;        // [batch, heads, levels, chunks]: reach_kernel -> gather
@@ -37,17 +38,15 @@ struct Scratch {
 struct BackwardPlan {
   Strategy strategy;
   bool runs_points_kernel;
-  // Whether grad_value is of acc_t, zero on entry, and added to. Otherwise it is of value's dtype,
-  // and every element is written.
-  bool adds_to_zeros;
   Scratch scratch;
   Slicing slicing;       // of gather
   bool overlaps_points;  // whether gather_kernel may start before points_kernel ends
+  bool overlaps_sums;    // whether points_kernel may start before its sums are cleared, and their
+                         // conversion before it ends
 };
 
-// Planning does not read params.grad_value, which is allocated by plan, and of the other pointers
-// only which ones are null.
-BackwardPlan plan_backward(const BackwardParams& params, bool value_needs_grad);
+// Of the pointers in params, planning reads only which ones are null.
+BackwardPlan plan_backward(const BackwardParams& params);
 void backward(const BackwardParams& params, const BackwardPlan& plan, void* stream);
 
 }  // namespace ms_deform_attn::cuda
