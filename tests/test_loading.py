@@ -200,7 +200,7 @@ print(call(kernel), torch.cuda.is_initialized())
 @pytest.mark.parametrize("cuda", ["11.8", "12.4"])
 def test_a_cuda_too_old_is_told(monkeypatch, tmp_path, cuda):
     """By the loader, which names what there is and what it looked for."""
-    name = "torch-stable-abi211-cu130-x86_64-linux"
+    name = "torch-stable-abi210-cu130-x86_64-linux"
     (tmp_path / "build").mkdir()
     shutil.copytree(VARIANT, tmp_path / "build" / name)
     monkeypatch.setattr(torch.version, "cuda", cuda)

@@ -108,7 +108,7 @@ def check(variant: Path) -> list[str]:
     """The violations of the library in a variant's folder; its name says what it is for."""
     match = re.match(r"torch-stable-abi(\d)(\d+)-(?:cpu|cu(\d\d)\d)-", variant.name)
     if match is None:
-        expected = "torch-stable-abi211-cpu-x86_64-linux"
+        expected = "torch-stable-abi210-cpu-x86_64-linux"
         return [f"the folder is named {variant.name}, expected a name like {expected}"]
     libraries = sorted(variant.glob("*.so"))
     if len(libraries) != 1:

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH = ["2.11", "2.12", "2.13", "2.14"]
+TORCH = ["2.10", "2.11", "2.12", "2.13", "2.14"]
 PYTHON = ["python3.10", "python3.11", "python3.12", "python3.13"]
 NEEDED = ("kernels", "pytest")  # of requirements.txt, beside torch
 HEADER = """\

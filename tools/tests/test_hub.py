@@ -29,10 +29,10 @@ VARIANT = Path(KERNEL.__file__).parent.name  # what suits this environment
 
 # Variants that suit no environment that this test runs in: of other machines, CUDA and torch.
 FOREIGN = [
-    "torch-stable-abi211-cpu-aarch64-linux",
-    "torch-stable-abi211-cu126-x86_64-linux",
-    "torch-stable-abi211-cu139-x86_64-linux",
-    "torch-stable-abi211-rocm72-x86_64-linux",
+    "torch-stable-abi210-cpu-aarch64-linux",
+    "torch-stable-abi210-cu126-x86_64-linux",
+    "torch-stable-abi210-cu139-x86_64-linux",
+    "torch-stable-abi210-rocm72-x86_64-linux",
     "torch-stable-abi299-cpu-x86_64-linux",
     "torch28-cxx11-cpu-x86_64-linux",
     "torch28-cxx11-cu128-x86_64-linux",

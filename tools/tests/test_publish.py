@@ -112,7 +112,7 @@ def test_what_a_variant_no_longer_has_is_deleted(hub: Hub, changed: builder.Kern
     variant = first_variant(changed)
     run(changed)
     repository = hub.repositories[REPO_ID]
-    stays = {"build/torch-stable-abi211-cu126-x86_64-linux/_ops.py": b"", "notes.txt": b""}
+    stays = {"build/torch-stable-abi210-cu126-x86_64-linux/_ops.py": b"", "notes.txt": b""}
     goes = {f"build/{variant.name}/old.py": b"", "benchmarks/benchmark_old.py": b""}
     repository.commit("refs/heads/v1", {**repository.files("v1"), **stays, **goes})
     run(changed)
@@ -225,7 +225,7 @@ def spoil_provenance(variant: Path) -> None:
     ("spoil", "message"),
     [
         (spoil_digest, "does not match its digest: .*layers.py"),
-        (spoil_abi, "c10::f.* has no version and is not of the stable ABI of torch 2.11"),
+        (spoil_abi, "c10::f.* has no version and is not of the stable ABI of torch 2.10"),
         (spoil_provenance, "was built from a dirty tree; commit"),
         (functools.partial(edit_metadata, provenance=None), "does not tell which commit"),
         (functools.partial(edit_metadata, digest=None), "has no digest"),
@@ -283,8 +283,8 @@ def test_a_release_in_part_is_refused(hub: Hub, changed: builder.Kernel) -> None
         publish.main([str(changed.root)])
     assert exit.value.code.splitlines() == [
         "error: not published:",
-        "  torch-stable-abi211-cu130-x86_64-linux was not built for 12.0 12.1+PTX",
-        "  torch-stable-abi211-cu132-x86_64-linux is missing",
+        "  torch-stable-abi210-cu130-x86_64-linux was not built for 12.0 12.1+PTX",
+        "  torch-stable-abi210-cu132-x86_64-linux is missing",
         "  make release builds all of it; --partial publishes what there is",
     ]
     assert hub.requests == []

@@ -149,3 +149,6 @@ def _corners(x, y, height, width, method):
     for row, row_weight in ((top, 1 - bottom_weight), (top + 1, bottom_weight)):
         for column, column_weight in ((left, 1 - right_weight), (left + 1, right_weight)):
             yield row, column, row_weight * column_weight
+
+
+__all__ = ["fused_ms_deform_attn", "ms_deform_attn"]
