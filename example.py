@@ -84,5 +84,6 @@ def main() -> None:
                 print(f"{file}, example {number}: ran on {device}{shape}")
         os.chdir(here)
 
+
 if __name__ == "__main__":
     main()

@@ -11,7 +11,11 @@ measures the same in the same way, so that the two ``deformable_detr.jsonl`` can
 * quantiles are the sorted time at int(q * (n - 1)); ``peak_bytes`` is of the process;
 * an answer is right if torch.allclose to the eager function in the same dtype, with rtol and atol
   1e-5 (half types 3e-3 and 5e-3), and finite;
-* an implementation that raises has a record that says so.
+* an implementation that raises has a record that says so;
+* what is compiled has the tag "cuda", whatever it runs on.
+
+``kernels_benchmarks.md`` is the page that measures this kernel there: it goes to that project's
+``benches/deformable_detr/impls``.
 
 The suite (``python -m benchmarks``) is the better measurement: device time, a cold L2, float64.
 """
@@ -160,12 +164,18 @@ def run(names: list[str], dtype: str, device: torch.device) -> Iterator[dict]:
                     "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     "run": run_id,
                     "impl": name,
-                    "tags": IMPLEMENTATIONS[NAMES[name]].tags,
+                    "tags": tags(name),
                     "wl": workload,
                     "env": env,
                     **result,
                 }
                 progress.update()
+
+
+def tags(name: str) -> dict:
+    """The record's ``tags``."""
+    own = IMPLEMENTATIONS[NAMES[name]].tags
+    return {**own, "backend": "cuda"} if own["backend"] == "native" else own
 
 
 def _load(name: str, workload: dict) -> Callable:

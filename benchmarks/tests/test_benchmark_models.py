@@ -1,6 +1,10 @@
 """The commands that time whole models and the kernels-benchmarks protocol, run small."""
 
 import json
+import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from test_transformers import transformers_that_uses_kernels
 
 from benchmarks import models, seed
 from benchmarks.__main__ import main
-from benchmarks.implementations import KERNEL
+from benchmarks.implementations import KERNEL, REPOSITORY, seed_eager
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +167,35 @@ class TestSeed:
         assert "1.00x" in capsys.readouterr().out
         _, found = records("--impls", "torch_eager")
         assert len(found) == 1  # as there: an old file is not kept
+
+    def test_tags(self):
+        tags = {name: seed.tags(name) for name in seed.NAMES}
+        assert tags["torch_eager"] == {"family": "pytorch", "backend": "eager"}
+        assert tags["hf_kernels_deformable_detr"] == {"family": "hf-kernels", "backend": "cuda"}
+        assert tags[KERNEL] == tags["hf_kernels_deformable_detr"]
+
+    def test_page(self, monkeypatch):
+        """The page for kernels-benchmarks, on a stand-in for its harness."""
+        calls = []
+        harness = types.ModuleType("kernels_benchmark_tools")
+        harness.KernelTypeEnum = types.SimpleNamespace(DEFORMABLE_DETR="deformable_detr")
+        harness.run_benchmark = lambda **options: calls.append(options)
+        monkeypatch.setitem(sys.modules, harness.__name__, harness)
+        page = Path(seed.__file__).with_name("kernels_benchmarks.md").read_text()
+        cells = re.findall(r"^```python id=(\w+).*?\n(.*?)^```", page, re.M | re.S)
+        assert [name for name, _ in cells] == ["nv", "benchmark"]
+        exec(cells[1][1], {})
+        assert page.count(f'"{REPOSITORY}"') == 1 and f"on_huggingface: {REPOSITORY}\n" in page
+        (call,) = calls
+        function = call.pop("impl_func")
+        assert call == {
+            "kernel_type": "deformable_detr",
+            "impl_name": KERNEL,
+            "impl_tags": seed.tags(KERNEL),
+            "dtype": "float32",
+        }
+        inputs = seed.make_inputs(seed.workloads("float32", torch.device("cpu"))[0])
+        assert seed.compare(function(*inputs), seed_eager(*inputs))["ok"]
 
     def test_tolerance(self):
         expected = torch.full((4,), 2.0)
