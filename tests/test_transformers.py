@@ -1,6 +1,9 @@
 """The layer alone, and this kernel inside real models of transformers."""
 
 import copy
+import importlib.metadata
+import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +16,7 @@ import kernels
 import pytest
 import torch
 from cases import HALF_DTYPES, SMALL, Case, make_inputs, relative_error
-from conftest import KERNEL
+from conftest import KERNEL, ROOT
 from models import MODELS, build, inputs_of, run
 from packaging.version import Version
 from torch import nn
@@ -46,12 +49,19 @@ def test_layer_equals_function(kernel, device):
 
 
 def transformers_that_uses_kernels():
-    """transformers, or skip: each release of it goes with one range of kernels."""
+    """transformers, or skip. Each release of it ignores kernels of another range than its own.
+
+    The check is lifted where a release wants a kernels that cannot be had: 5.24 wants 0.18.2.
+    """
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("scipy")  # the loss of its detectors needs it
-    version = transformers.__version__
-    if Version(version) < Version("5.22") or Version(version) >= Version("5.23"):
-        pytest.skip(f"transformers {version} ignores kernels {kernels.__version__}; 5.22 uses it")
+    if Version(transformers.__version__) < Version("5.22"):
+        pytest.skip(f"transformers is {transformers.__version__}, expected 5.22 or later")
+    checks = transformers.utils.import_utils
+    if not checks.is_kernels_available():
+        # The file that takes the check's answer, once, when it is imported.
+        assert "transformers.integrations.hub_kernels" not in sys.modules
+        checks.is_kernels_available = lambda *_: True
     return transformers
 
 
@@ -209,6 +219,51 @@ def test_kernelize_where_transformers_decorates_the_function(device, monkeypatch
             ours = run(spec, model, device, training)
     assert (calls.fused, calls.plain) == (0, spec.attentions)
     check_equal("kernelized", spec, eager, ours, training)
+
+
+# -------------------------------------------------------------------------- releases and their names
+
+
+def arguments(function):
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("name", sorted({spec.name.replace("_discrete", "") for spec in MODELS}))
+def test_signatures_of_transformers(kernel, name):
+    """What the tables of integrations hold of a model is what this release of transformers has."""
+    transformers_that_uses_kernels()
+    file = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    families = kernel.integrations.fused.FAMILIES
+    own = {x: y for x, y in vars(file).items() if getattr(y, "__module__", "") == file.__name__}
+    (attention,) = own.keys() & families.keys()
+    takes = {*arguments(own[attention].forward)} - {"self", "kwargs", "output_attentions"}
+    assert takes == families[attention].parameters, attention
+    samplers = {LAYER: getattr(kernel.layers, LAYER), **kernel.integrations.transformers._FUNCTIONS}
+    (sampler,) = own.keys() & samplers.keys()
+    theirs, ours = (getattr(x, "forward", x) for x in (own[sampler], samplers[sampler]))
+    assert arguments(theirs) == arguments(ours), sampler
+
+
+NEWER = ("5.24.0",)
+
+
+@pytest.mark.parametrize("version", NEWER)
+def test_newer_transformers(version, tmp_path):
+    """These tests and those of the attentions, in a process that has the release."""
+    folder = ROOT / ".toolkits" / f"transformers-{version}"
+    install = f"pip install --no-deps --target .toolkits/{folder.name} transformers=={version}"
+    if importlib.metadata.version("transformers") in NEWER:
+        pytest.skip("this is the process")
+    if not folder.is_dir():
+        pytest.skip(f"there is no .toolkits/{folder.name}; {install}")
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "test_transformers.py", "test_attention.py", "-q", "-rs",
+         "-p", "no:cacheprovider"],
+        cwd=ROOT / "tests", env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 # ------------------------------------------------------------------------------------ integrations
