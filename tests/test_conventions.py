@@ -221,6 +221,24 @@ def test_replaced_until_the_last_has_undone(kernel, project):
         importlib.import_module("MultiScaleDeformableAttention")
 
 
+def test_nested_with_other_integrations(kernel, project):
+    """In any order, and each puts back its own."""
+    project(functions=FUNCTIONS)
+    module = importlib.import_module("functions")
+    own = module.deformable_attention_core_func
+    outer = kernel.integrations.replace_extensions()
+    with kernel.integrations.replace_function(module, "deformable_attention_core_func"):
+        inner = kernel.integrations.replace_extensions()
+        outer.undo()
+        extension = importlib.import_module("mmcv._ext")
+        assert extension.ms_deform_attn_forward is kernel.ms_deform_attn_forward
+        assert module.deformable_attention_core_func is not own
+    assert module.deformable_attention_core_func is own
+    assert "mmcv._ext" in sys.modules
+    inner.undo()
+    assert "mmcv._ext" not in sys.modules
+
+
 def test_from_several_threads(kernel, project):
     failed = []
 

@@ -256,9 +256,11 @@ def test_onnx_of_a_program_exported_before(kernel, onnx_export):
     check_close(run(*args), module(*args))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("opset", [16, 18])
-def test_onnx_opsets(kernel, onnx_export, opset):
-    args = sizes_inputs("ms_deform_attn", torch.float32, {}, **EXPORTED)
+def test_onnx_opsets(kernel, onnx_export, opset, dtype):
+    """float64 as well, which GridSample has from 20 on: it goes by GatherElements."""
+    args = sizes_inputs("ms_deform_attn", dtype, {}, **EXPORTED)
     module = Sizes(kernel.ms_deform_attn, {})
     run, _ = onnx_export(module, args, sizes_dynamic(args), opset_version=opset)
     check_close(run(*args), module(*args))
@@ -269,6 +271,21 @@ def test_onnx_refuses_an_opset_without_grid_sample(kernel, onnx_export):
     module = Sizes(kernel.ms_deform_attn, {})
     with pytest.raises(Exception, match="opset_version is 15, expected at least 16"):
         onnx_export(module, args, None, opset_version=15)
+
+
+def test_onnx_refuses_a_program_that_has_the_operator(kernel, onnx_export):
+    args = sizes_inputs("ms_deform_attn", torch.float32, {}, **EXPORTED)
+    program = torch.export.export(Sizes(kernel.ms_deform_attn, {}), args)
+    with pytest.raises(Exception, match="No ONNX function found for .*ms_deform_attn_forward"):
+        onnx_export(program, (), None)
+
+
+@pytest.mark.filterwarnings("ignore")  # that it is old
+def test_the_old_exporter_refuses_the_operator(kernel, onnx_export, tmp_path):
+    args = sizes_inputs("ms_deform_attn", torch.float32, {}, **EXPORTED)
+    module = Sizes(kernel.ms_deform_attn, {})
+    with pytest.raises(Exception, match="unrecognized namespace .*::ms_deform_attn_forward"):
+        torch.onnx.export(module, args, tmp_path / "model.onnx", dynamo=False)
 
 
 class Original(torch.nn.Module):
