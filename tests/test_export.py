@@ -344,3 +344,28 @@ def test_onnx_of_a_model(kernel, onnx_export, route):
         run, operators = onnx_export(module, (images[:2],), (batch,), standard=None)
     assert "GridSample" in operators
     check_close(run(images), expected)
+
+
+def test_onnx_of_a_model_for_other_image_sizes(kernel, onnx_export):
+    """RT-DETR, which leaves its image size open: other batch, height and width than exported."""
+    from models import MODELS, build
+    from test_transformers import on_this_kernel, transformers_that_uses_kernels
+
+    spec = next(spec for spec in MODELS if spec.name == "rt_detr")
+    model = build(spec, transformers_that_uses_kernels(), "cpu").eval()
+    for name, parameter in model.named_parameters():
+        # As they begin, all proposals have one score, and which of them are taken is up to chance.
+        if "score_head" in name or "class_embed" in name:
+            torch.nn.init.normal_(parameter, std=0.5 if parameter.dim() > 1 else 0.0)
+    module = Logits(model)
+    generator = torch.Generator().manual_seed(0)
+    exported, images = (
+        torch.rand(shape, generator=generator) for shape in ((2, 3, *spec.image), (3, 3, 96, 160))
+    )
+    with on_this_kernel(kernel, spec, model, "cpu", False, "kernelized"), torch.no_grad():
+        expected = module(images)
+        height, width = (32 * Dim(name, min=2, max=32) for name in ("height", "width"))
+        dynamic = ({0: "batch", 2: height, 3: width},)
+        run, operators = onnx_export(module, (exported,), dynamic, standard=None)
+    assert "GridSample" in operators
+    check_close(run(images), expected)
