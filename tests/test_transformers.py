@@ -221,7 +221,7 @@ def test_kernelize_where_transformers_decorates_the_function(device, monkeypatch
     check_equal("kernelized", spec, eager, ours, training)
 
 
-# -------------------------------------------------------------------------- releases and their names
+# ------------------------------------------------------------------------- releases and their names
 
 
 def arguments(function):
