@@ -28,13 +28,13 @@ CPU_LIMIT = 2**22
 CHUNK = 2**25  # what is computed at a time
 
 
-def load_reference():
-    """The package's eager definition, from its source: the kernel need not be built."""
+def load_reference(name: str = "ms_deform_attn"):
+    """The package's eager definition of an operator, from its source: no kernel need be built."""
     path = ROOT / "torch-ext" / "deformable_detr" / "reference.py"
     spec = importlib.util.spec_from_file_location("deformable_detr_reference", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.ms_deform_attn
+    return getattr(module, name)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """``python -m benchmarks models``: whole models of transformers, as they are and on this kernel.
 
+The implementations of a case are all built first. Then they take turns step by step, each round
+in another order, in one process: what a machine does beside, its clocks and its memory, is shared
+by all. ``ratio`` is what that is for: the time of the implementation's baseline (transformers
+without this kernel, compiled if it is) over its own, round by round, and its quartiles.
+
 A record is one model, batch size, dtype and mode under one implementation, in the fields of the
 suite's (see suite.py): ``lat_ms`` is the wall time of a whole forward, or of a whole training step
-(forward, loss, backward, optimizer), waited for; ``peak_bytes`` all memory that the process had
-allocated on the GPU at its peak; ``corr`` holds the sampling operator's relative errors against
-float64 inside the model, on the model's own inputs, and ``not_finite`` names results with a NaN. A
-record has a time only if the operator ran as often as the model has attentions, through the
+(forward, loss, backward, optimizer), waited for; ``peak_bytes`` all memory that the model and its
+step had allocated on the GPU at their peak; ``corr`` holds the sampling operator's relative errors
+against float64 inside the model, on the model's own inputs, and ``not_finite`` names results with a
+NaN. A record has a time only if the operator ran as often as the model has attentions, through the
 implementation named. A model whose results are not finite, as half types may have it, is recorded
 as wrong; where its loss refuses them, as failed, with what that said. On a CPU half types are
 measured if --dtypes asks for them: float16 takes minutes a step without instructions for it.
@@ -23,14 +28,15 @@ import gc
 import importlib.metadata
 import logging
 import os
+import statistics
 import sys
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -40,18 +46,17 @@ from torch import nn
 from tqdm import tqdm
 
 from . import environment
-from .benchmark import Inputs
 from .checks import TOLERANCES, load_reference
-from .implementations import KERNEL, REPOSITORY, ROOT, get_project_kernel
+from .implementations import FUSED, KERNEL, REPOSITORY, ROOT, get_project_kernel
 from .peers import COMMUNITY
 from .records import Results, failed
 from .suite import DTYPES
 from .table import build_models_table
-from .timing import Effort, summarize, time_latency, timed_call
+from .timing import Effort, summarize, timed_call
 from .workloads import select
 
 LAYER = "MultiScaleDeformableAttention"
-FUNCTION = "multi_scale_deformable_attention"  # where a model has no layer
+KEPT_AS = "ms_deformable_attn_core"  # an attribute in which instances keep a function
 MODES = ("inference", "training")
 MODEL_DTYPES = [name for name in DTYPES if name in ("float32", "float16", "bfloat16")]
 BOXES = 8  # objects in each training image
@@ -67,13 +72,9 @@ class Model:
     settings: dict = field(default_factory=dict)
     image: tuple[int, int] = (640, 640)  # (height, width), pixels
     attentions: int = 6  # modules that sample, once a forward
+    function: str | None = None  # where it samples, if not in the layer that kernelize replaces
     masks: bool = False  # its labels have masks instead of boxes
     train_backbone: bool = False  # all but the ResNet's stem and first stage
-
-    @property
-    def has_layer(self) -> bool:
-        """Whether it samples in the layer that kernelize replaces, or in a function."""
-        return not self.masks
 
 
 _DEFORMABLE_DETR = {
@@ -94,7 +95,21 @@ MODELS = {
         "Mask2FormerForUniversalSegmentation",
         {"num_labels": 80},
         image=(1024, 1024),
+        function="multi_scale_deformable_attention",
         masks=True,
+    ),
+    "d_fine": Model(
+        "DFineConfig",
+        "DFineForObjectDetection",
+        {"num_labels": 80, "decoder_n_points": [3, 6, 3]},
+        function="multi_scale_deformable_attention_v2",
+    ),
+    "rf_detr": Model(
+        "RfDetrConfig",
+        "RfDetrForObjectDetection",
+        {"num_labels": 91},
+        image=(560, 560),
+        attentions=3,
     ),
     "deformable_detr_whole": Model(
         "DeformableDetrConfig",
@@ -110,21 +125,32 @@ MODELS = {
 @dataclass(frozen=True)
 class Implementation:
     tags: dict[str, str]
-    repository: str | None = None  # whose layer or function takes the place of transformers'
-    compiled: bool = False  # torch.compile(mode="reduce-overhead"): CUDA graphs where there is CUDA
+    repository: str | None = None  # whose operator takes the place of transformers'
+    fused: bool = False  # the attention as a whole, not the sampling alone
+    compiled: bool = False  # as torch.compile(mode="reduce-overhead") does: with CUDA graphs
+    baseline: str | None = None  # what its speed-up is over
 
 
 EAGER = "eager"
+EAGER_COMPILED = "eager_compiled"
+FUSED_COMPILED = f"{FUSED}_compiled"
+_NATIVE = {"family": "hf-kernels", "backend": "native"}
+_COMPILED = {"family": "hf-kernels", "backend": "compiled"}
 IMPLEMENTATIONS = {
     EAGER: Implementation({"family": "transformers", "backend": "eager"}),
-    KERNEL: Implementation({"family": "hf-kernels", "backend": "native"}, REPOSITORY),
+    # As use_in_transformers(model) has it, and as kernelize(model) does.
+    FUSED: Implementation(_NATIVE, REPOSITORY, fused=True, baseline=EAGER),
+    KERNEL: Implementation(_NATIVE, REPOSITORY, baseline=EAGER),
+    EAGER_COMPILED: Implementation(
+        {"family": "transformers", "backend": "compiled"}, compiled=True, baseline=EAGER
+    ),
+    FUSED_COMPILED: Implementation(
+        _COMPILED, REPOSITORY, fused=True, compiled=True, baseline=EAGER_COMPILED
+    ),
     f"{KERNEL}_compiled": Implementation(
-        {"family": "hf-kernels", "backend": "compiled"}, REPOSITORY, compiled=True
+        _COMPILED, REPOSITORY, compiled=True, baseline=EAGER_COMPILED
     ),
-    "eager_compiled": Implementation(
-        {"family": "transformers", "backend": "compiled"}, compiled=True
-    ),
-    "kernels_community": Implementation({"family": "hf-kernels", "backend": "native"}, COMMUNITY),
+    "kernels_community": Implementation(_NATIVE, COMMUNITY, baseline=EAGER),
 }
 
 OURS = [name for name, item in IMPLEMENTATIONS.items() if item.repository == REPOSITORY]
@@ -170,8 +196,9 @@ def _pretrained(name: str) -> nn.Module:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     norms = [m for m in model.modules() if "BatchNorm2d" in type(m).__name__]
     hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
-    with torch.no_grad():
-        model(torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2)))
+    if norms:
+        with torch.no_grad():
+            model(torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2)))
     for hook in hooks:
         hook.remove()
     if spec.train_backbone:
@@ -219,13 +246,13 @@ def make_inputs(case: Case, device: torch.device) -> dict:
     return inputs
 
 
-def make_step(case: Case, model: nn.Module, inputs: dict, compiled: bool) -> Callable[[], object]:
-    """A function that does what is timed, and returns the model's outputs."""
+def make_step(case: Case, forward: Callable, model: nn.Module, inputs: dict) -> Callable:
+    """A function that does what is timed, and returns the model's outputs.
+
+    Args:
+        forward: the model, or what it is compiled to.
+    """
     device_type = inputs["pixel_values"].device.type
-    forward = model
-    if compiled:
-        torch.compiler.reset()
-        forward = torch.compile(model, mode="reduce-overhead", dynamic=False)
     if case.mode == "inference":
 
         @torch.inference_mode()
@@ -253,11 +280,25 @@ def make_step(case: Case, model: nn.Module, inputs: dict, compiled: bool) -> Cal
     return train
 
 
-@contextmanager
-def on_implementation(
+class Compiler:
+    """What ``torch.compile(model, backend=Compiler())`` compiles with, and the calls it finds.
+
+    Compiles as mode "reduce-overhead" does. Dynamo takes no code that another backend compiled:
+    with a backend for each, implementations of one model do not get each other's.
+    """
+
+    def __init__(self):
+        self.calls = 0  # of this project's operators, in what has been compiled
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        self.calls += sum(KERNEL in str(node.target) for node in graph.graph.nodes)
+        return torch._inductor.compile(graph, inputs, {"triton.cudagraphs": True})
+
+
+def place(
     implementation: Implementation, case: Case, model: nn.Module, device: torch.device
-) -> Iterator[None]:
-    """The model on an implementation's operator.
+) -> Callable[[], AbstractContextManager]:
+    """Puts the model on an implementation's operator, in the contexts that it returns.
 
     Raises:
         RuntimeError: transformers' own is still in its place.
@@ -265,14 +306,12 @@ def on_implementation(
     """
     spec, repository = MODELS[case.model], implementation.repository
     if repository is None:
-        yield
-        return
-    if not spec.has_layer:
+        return nullcontext
+    if implementation.fused or spec.function:
         if repository != REPOSITORY:
             raise ValueError(f"{repository} has a layer only, expected a function for {case.model}")
-        with get_project_kernel().integrations.use_in_transformers(model, fuse=False):
-            yield
-        return
+        integrations = get_project_kernel().integrations
+        return partial(integrations.use_in_transformers, model, fuse=implementation.fused)
     os.environ.setdefault("LOCAL_KERNELS", f"{REPOSITORY}={ROOT}")
     layer = LayerRepository(repository, layer_name=LAYER, revision="v1", trust_remote_code=True)
     mode = Mode.TRAINING if case.mode == "training" else Mode.INFERENCE
@@ -285,7 +324,7 @@ def on_implementation(
     for module in _layers(model):
         if "transformers" in module.forward.__func__.__module__:
             raise RuntimeError(f"{case.model} keeps transformers' layer, expected {repository}'s")
-    yield
+    return nullcontext
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -302,51 +341,49 @@ class Observer:
         self.calls = 0
         self.error = 0.0  # the largest of all calls
         self.tolerance = 0.0
-        self._reference = load_reference()
 
     @contextmanager
-    def watch(self, case: Case, model: nn.Module) -> Iterator[None]:
+    def watch(self, case: Case, model: nn.Module, fused: bool) -> Iterator[None]:
         """Enter it on the implementation to be watched."""
+        function = MODELS[case.model].function
         with ExitStack() as stack:
-            if MODELS[case.model].has_layer:
+            if fused:
+                owner, name = get_project_kernel().modules, "fused_ms_deform_attn"
+                compare = partial(self._compare, load_reference(name))
+                stack.enter_context(_observed(owner, name, compare))
+            elif function is None:
                 for layer in _layers(model):
-                    hook = layer.register_forward_hook(self._after_layer)
-                    stack.callback(hook.remove)
+                    stack.callback(layer.register_forward_hook(self._after_layer).remove)
             else:
-                stack.enter_context(self._around_function(sys.modules[type(model).__module__]))
+                keepers = [module for module in model.modules() if KEPT_AS in vars(module)]
+                for owner in keepers or [sys.modules[type(model).__module__]]:
+                    name = KEPT_AS if keepers else function
+                    stack.enter_context(_observed(owner, name, self._after_function))
             yield
 
     def _after_layer(self, layer: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
         value, shapes, _, starts, locations, weights, _ = arguments
-        self._compare(Inputs(value, shapes, starts, locations, weights), output)
+        self._compare(load_reference(), output, value, shapes, starts, locations, weights)
 
-    @contextmanager
-    def _around_function(self, module) -> Iterator[None]:
-        function = getattr(module, FUNCTION)
-
-        def observed(value, shapes, locations, weights):
-            output = function(value, shapes, locations, weights)
-            sizes = torch.as_tensor(shapes, device=value.device)
-            starts = sizes.prod(1).cumsum(0) - sizes.prod(1)
-            self._compare(Inputs(value, sizes, starts, locations, weights), output)
-            return output
-
-        setattr(module, FUNCTION, observed)
-        try:
-            yield
-        finally:
-            setattr(module, FUNCTION, function)
+    def _after_function(self, output, value, shapes, locations, weights, points=None, method=None):
+        sizes = torch.as_tensor(shapes, device=value.device)
+        starts = sizes.prod(1).cumsum(0) - sizes.prod(1)
+        options = {} if points is None else {"points_per_level": list(points)}
+        if method not in (None, "default"):
+            raise ValueError(f"method is {method}, expected default, which is bilinear")
+        self._compare(load_reference(), output, value, sizes, starts, locations, weights, **options)
 
     @torch.no_grad()
-    def _compare(self, inputs: Inputs, output: torch.Tensor) -> None:
+    def _compare(self, reference: Callable, output: torch.Tensor, *arguments, **options) -> None:
+        """``arguments``: value, shapes and starts, and then tensors with queries."""
         self.calls += 1
-        self.tolerance = max(self.tolerance, TOLERANCES[inputs.value.dtype])
+        self.tolerance = max(self.tolerance, TOLERANCES[arguments[0].dtype])
         count = output.shape[1]
         some = torch.linspace(0, count - 1, min(count, CHECKED_QUERIES), device=output.device)
         some = some.round().long()
-        inputs = inputs.at(some)
-        doubled = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
-        expected = self._reference(*doubled)
+        arguments = [*arguments[:3], *(tensor[:, some] for tensor in arguments[3:])]
+        doubled = [x.double() if x.is_floating_point() else x for x in arguments]
+        expected = reference(*doubled, **options)
         error = float((output[:, some].double() - expected).norm() / expected.norm())
         # Written so that a NaN stays.
         self.error = error if not error <= self.error else self.error
@@ -363,6 +400,23 @@ class Observer:
         }
 
 
+@contextmanager
+def _observed(owner, name: str, observe: Callable) -> Iterator[None]:
+    """``observe(output, *arguments)`` after each call of a function that ``owner`` holds."""
+    kept, function = vars(owner)[name], getattr(owner, name)
+
+    def observed(*arguments, **options):
+        output = function(*arguments, **options)
+        observe(output, *arguments, **options)
+        return output
+
+    setattr(owner, name, observed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
 def not_finite(model: nn.Module, outputs) -> list[str]:
     """The names of results, and of parameters after a step of training, with a NaN or an inf."""
     tensors = [(name, outputs[name]) for name in _RESULTS if outputs.get(name) is not None]
@@ -377,57 +431,104 @@ _RESULTS = ("loss", "logits", "pred_boxes", "class_queries_logits", "masks_queri
 # ---------------------------------------------------------------------------------------- measuring
 
 
-def measure(case: Case, implementation: Implementation, device: torch.device, effort: Effort):
-    """A record's results."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    model = build(case, device)
-    inputs = make_inputs(case, device)
-    with on_implementation(implementation, case, model, device):
+class Subject:
+    """A model on one implementation, checked and warm: its steps are what is timed."""
+
+    def __init__(self, case: Case, implementation: Implementation, device: torch.device):
+        on_gpu = device.type == "cuda"
+        allocated = torch.cuda.memory_allocated(device) if on_gpu else 0
+        self.device = device
+        model = build(case, device)
+        inputs = make_inputs(case, device)
+        self._context = place(implementation, case, model, device)
+        self._step = make_step(case, model, model, inputs)
         observer = Observer()
-        with observer.watch(case, model):
-            make_step(case, model, inputs, compiled=False)()
+        with self._context(), observer.watch(case, model, implementation.fused):
+            self._step()
         if observer.calls != MODELS[case.model].attentions:
             raise RuntimeError(
                 f"the operator was called {observer.calls} times, expected "
                 f"{MODELS[case.model].attentions}"
             )
-        step = make_step(case, model, inputs, implementation.compiled)
-        outputs, first_ms = timed_call(step, device)
+        if implementation.compiled:
+            compiler = Compiler()
+            # Implementations and what follows breaks of a graph share a limit.
+            torch._dynamo.config.recompile_limit = 64
+            forward = torch.compile(model, backend=compiler, dynamic=False)
+            self._step = make_step(case, forward, model, inputs)
+        with self._context():
+            outputs, self.first_ms = timed_call(self._step, device)
         wrong = not_finite(model, outputs)
         del outputs
+        if implementation.compiled and bool(compiler.calls) != bool(implementation.repository):
+            raise RuntimeError(f"{compiler.calls} calls of {KERNEL} were compiled")
+        self.warmup = 4 if on_gpu else 2
         if on_gpu:
             for _ in range(2):  # CUDA graphs are recorded at the second call
-                step()
+                self.time()
             torch.cuda.reset_peak_memory_stats(device)
-            timed_call(step, device)
-        peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else None
-        times = time_latency(step, device, effort)
-    lat_ms = summarize(times, warmup=4 if on_gpu else 2)
-    corr = observer.as_record() | {"not_finite": wrong}
-    corr["ok"] &= not wrong
-    return {
-        "lat_ms": lat_ms,
-        "images_per_s": 1e3 * case.batch / lat_ms["p50"],
-        "compile_ms": first_ms,
-        "peak_bytes": peak_bytes,
-        "ok": corr["ok"],
-        "absmax": None,
-        "corr": corr,
-        "err": None,
-    }
+            self.time()
+        self.peak_bytes = torch.cuda.max_memory_allocated(device) - allocated if on_gpu else None
+        self.corr = observer.as_record() | {"not_finite": wrong}
+        self.corr["ok"] &= not wrong
+
+    def time(self) -> float:
+        """The milliseconds of a step."""
+        with self._context():
+            return timed_call(self._step, self.device)[1]
 
 
-def _measure_or_explain(case: Case, name: str, device: torch.device, effort: Effort) -> dict:
-    try:
-        return measure(case, IMPLEMENTATIONS[name], device, effort)
-    except Exception as error:
+def measure(case: Case, names: list[str], device: torch.device, effort: Effort) -> dict[str, dict]:
+    """The results of a case's implementations, which take turns."""
+    subjects: dict[str, Subject] = {}
+    results: dict[str, dict] = {}
+
+    def fail(name: str, error: Exception) -> None:
         traceback.clear_frames(error.__traceback__)
-        return {**failed(error), "images_per_s": None}
-    finally:
+        subjects.pop(name, None)
+        results[name] = {**failed(error), "images_per_s": None, "ratio": None}
         gc.collect()
         torch.cuda.empty_cache()
+
+    torch.compiler.reset()
+    for name in names:
+        try:
+            subjects[name] = Subject(case, IMPLEMENTATIONS[name], device)
+        except Exception as error:
+            fail(name, error)
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    order = list(subjects)
+    while subjects and not all(effort.enough(times[name]) for name in subjects):
+        for name in order:
+            try:
+                times[name].append(subjects[name].time())
+            except Exception as error:
+                fail(name, error)
+        order = [name for name in [*order[1:], order[0]] if name in subjects]
+    for name, subject in subjects.items():
+        lat_ms = summarize(times[name], warmup=subject.warmup)
+        results[name] = {
+            "lat_ms": lat_ms,
+            "images_per_s": 1e3 * case.batch / lat_ms["p50"],
+            "ratio": _ratio(name, {name: times[name] for name in subjects}),
+            "compile_ms": subject.first_ms,
+            "peak_bytes": subject.peak_bytes,
+            "ok": subject.corr["ok"],
+            "absmax": None,
+            "corr": subject.corr,
+            "err": None,
+        }
+    return results
+
+
+def _ratio(name: str, times: dict[str, list[float]]) -> dict | None:
+    """The baseline's time over this one's, round by round: quartiles."""
+    baseline = IMPLEMENTATIONS[name].baseline
+    if baseline not in times:
+        return None
+    ratios = [slow / fast for slow, fast in zip(times[baseline], times[name])]
+    quartiles = statistics.quantiles(ratios, method="inclusive") if ratios[1:] else ratios * 3
+    return {"to": baseline, **dict(zip(("p25", "p50", "p75"), quartiles)), "rounds": len(ratios)}
 
 
 def describe(device: torch.device) -> dict:
@@ -444,27 +545,30 @@ def describe(device: torch.device) -> dict:
 
 
 def run(
-    cases: list[tuple[Case, str]], device: torch.device, effort: Effort, results: Results
+    cases: list[Case], names: list[str], device: torch.device, effort: Effort, results: Results
 ) -> Iterator[dict]:
-    """Yields a record for every (case, implementation) that ``results`` does not have yet."""
+    """Yields a record for every implementation of the cases that ``results`` does not have yet."""
     head = {"run": uuid.uuid4().hex}
     env = describe(device)
-    with tqdm(cases, unit="row", dynamic_ncols=True) as progress:
-        for case, implementation in progress:
+    with tqdm(cases, unit="case", dynamic_ncols=True) as progress:
+        for case in progress:
             wl = case.as_workload()
-            progress.set_description(f"{wl['name']} {case.dtype} {case.mode}: {implementation}")
-            if results.has(implementation, wl, env):
+            progress.set_description(f"{wl['name']} {case.dtype} {case.mode}")
+            if all(results.has(name, wl, env) for name in names):
                 continue
-            figures = _measure_or_explain(case, implementation, device, effort)
-            yield {
-                "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                **head,
-                "impl": implementation,
-                "tags": IMPLEMENTATIONS[implementation].tags,
-                "wl": wl,
-                "env": env,
-                **figures,
-            }
+            figures = measure(case, names, device, effort)
+            gc.collect()
+            torch.cuda.empty_cache()
+            for name in names:
+                yield {
+                    "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    **head,
+                    "impl": name,
+                    "tags": IMPLEMENTATIONS[name].tags,
+                    "wl": wl,
+                    "env": env,
+                    **figures[name],
+                }
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -485,12 +589,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
 
     names("--models", MODELS, ["deformable_detr", "rt_detr", "mask2former"])
-    names("--impls", IMPLEMENTATIONS, [EAGER, KERNEL])
+    names("--impls", IMPLEMENTATIONS, [EAGER, FUSED])
     names("--dtypes", MODEL_DTYPES, MODEL_DTYPES if cuda else ["float32"])
     names("--modes", MODES, ["inference"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
-    parser.add_argument("--reps", type=int, help="steps per row; default: what fits in 2 seconds")
+    parser.add_argument("--reps", type=int, help="rounds of steps; default: of 2 seconds each row")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--resume", action="store_true", help="skip what --out has measured")
     options = parser.parse_args(arguments)
@@ -507,14 +611,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     models, dtypes, modes, implementations = chosen
     cases = [
-        (Case(model, batch, _dtype_of(mode, dtype), mode), implementation)
-        for model, batch, mode, dtype, implementation in product(
-            models, options.batches, modes, dtypes, implementations
-        )
+        Case(model, batch, _dtype_of(mode, dtype), mode)
+        for model, batch, mode, dtype in product(models, options.batches, modes, dtypes)
     ]
-    effort = Effort(options.reps, budget_ms=2000, min_reps=5 if cuda else 3, max_reps=30)
+    effort = Effort(options.reps, budget_ms=2000, min_reps=10 if cuda else 3, max_reps=30)
     return results.collect(
-        run(cases, device, effort, results), build_models_table, lambda r: r["impl"] in OURS
+        run(cases, implementations, device, effort, results),
+        build_models_table,
+        lambda r: r["impl"] in OURS,
     )
 
 

@@ -57,14 +57,16 @@ def build_table(records: list[dict]) -> Table:
 
 
 def build_models_table(records: list[dict]) -> Table:
-    """One row per record of models.py; speed-ups are over transformers as it is."""
+    """One row per record of models.py; see ``model_figures`` for what speed-ups are over."""
     env = records[0]["env"]
     table = Table(
         title=f"{environment.device_name(env)}, torch {env['torch']}, "
         f"transformers {env['transformers']}, {env['threads']} CPU threads",
         caption=(
-            "Times are medians of whole forwards, or of whole training steps. The error is the "
-            "sampling operator's against float64 inside the model, its largest."
+            "Times are medians of whole forwards, or of whole training steps. Speed-ups are over "
+            "transformers without a kernel, compiled beside what is compiled with one: medians of "
+            "the ratios of steps taken in turn (quartiles). The error is the sampling operator's "
+            "against float64 inside the model, its largest."
         ),
     )
     for column in ("model", "dtype", "mode", "implementation"):
@@ -88,6 +90,9 @@ def build_models_table(records: list[dict]) -> Table:
 def model_figures(record: dict, baseline: dict | None) -> tuple[str | Text, ...]:
     """(time, IQR, images/s, speed-up, peak memory, error) of a record of models.py.
 
+    The speed-up is that of the record's ``ratio``; a record without one was not measured in turn
+    with its baseline, and then it is that of the medians.
+
     Eager models are wrong in half types on large maps, which is what they are compared for: their
     time stands, and the error says so.
     """
@@ -95,7 +100,9 @@ def model_figures(record: dict, baseline: dict | None) -> tuple[str | Text, ...]
         return *["-"] * 5, _failure(record)
     median, iqr = record["lat_ms"]["p50"], record["lat_ms"]["iqr"]
     ratio = "-"
-    if baseline is not None and baseline["err"] is None:
+    if record.get("ratio"):
+        ratio = "{p50:.2f}x ({p25:.2f} to {p75:.2f})".format(**record["ratio"])
+    elif "ratio" not in record and baseline is not None and baseline["err"] is None:
         ratio = f"{baseline['lat_ms']['p50'] / median:.2f}x"
     # What CUDA graphs hold is not in the allocator's count.
     counted = record["peak_bytes"] is not None and record["tags"]["backend"] != "compiled"

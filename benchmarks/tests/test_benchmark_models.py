@@ -13,7 +13,7 @@ from test_transformers import transformers_that_uses_kernels
 
 from benchmarks import models, seed
 from benchmarks.__main__ import main
-from benchmarks.implementations import KERNEL, REPOSITORY, seed_eager
+from benchmarks.implementations import FUSED, KERNEL, REPOSITORY, seed_eager
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +23,13 @@ def small(monkeypatch):
     models._pretrained.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # such small models gain nothing from more
-    for name, masks in (("deformable_detr", False), ("mask2former", True)):
-        spec = next(spec for spec in SMALL if spec.name == name)
+    for name, real in models.MODELS.items():
+        spec = next((spec for spec in SMALL if spec.name == name), None)
+        if spec is None:
+            continue
         model = models.Model(
             spec.config, spec.model, spec.settings | {"num_labels": 91}, spec.image,
-            spec.attentions, masks,
+            spec.attentions, real.function, real.masks,
         )  # fmt: skip
         monkeypatch.setitem(models.MODELS, name, model)
     yield
@@ -46,12 +48,13 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", ["deformable_detr", "mask2former"])
+@pytest.mark.parametrize("name", ["deformable_detr", "mask2former", "d_fine", "rf_detr"])
 def test_models(run, name, capsys):
-    status, records = run("--models", name, "--modes", "all", "--dtypes", "float32")
+    options = ("--models", name, "--dtypes", "float32", "--impls", "eager", FUSED, KERNEL)
+    status, records = run(*options, "--modes", "all")
     assert status == 0
     assert [(r["impl"], r["wl"]["pass"]) for r in records] == [
-        (impl, mode) for mode in ("inference", "training") for impl in ("eager", KERNEL)
+        (impl, mode) for mode in ("inference", "training") for impl in ("eager", FUSED, KERNEL)
     ]
     for record in records:
         assert record["ok"] and record["corr"]["not_finite"] == [] and record["err"] is None
@@ -59,9 +62,68 @@ def test_models(run, name, capsys):
         assert 0 < record["corr"]["error"]["operator"] < 2e-5
         assert record["images_per_s"] == pytest.approx(1e3 / record["lat_ms"]["p50"])
         assert record["env"]["transformers"].startswith("5.22")
-    assert "1.00x" in capsys.readouterr().out
-    _, again = run("--models", name, "--dtypes", "float32", "--resume")
+        ratio = record["ratio"]
+        if record["impl"] == "eager":
+            assert ratio is None
+            eager = record["lat_ms"]["raw_times"]
+        else:
+            assert ratio["to"] == "eager" and ratio["rounds"] == record["lat_ms"]["reps"] == 2
+            pairs = sorted(a / b for a, b in zip(eager, record["lat_ms"]["raw_times"]))
+            assert ratio["p50"] == pytest.approx(sum(pairs) / 2)
+            assert pairs[0] <= ratio["p25"] <= ratio["p75"] <= pairs[1]
+    assert f"{ratio['p50']:.2f}x" in capsys.readouterr().out
+    _, again = run(*options, "--resume")
     assert again == records
+
+
+def test_implementations_take_turns(run, monkeypatch):
+    """Step by step, and each round in another order."""
+    steps = []
+    time = models.Subject.time
+
+    def noted(subject):
+        steps.append(id(subject))
+        return time(subject)
+
+    monkeypatch.setattr(models.Subject, "time", noted)
+    run("--models", "deformable_detr", "--impls", "eager", FUSED, KERNEL)
+    first, second, third = steps[:3]
+    assert len({first, second, third}) == 3
+    assert steps[3:] == [second, third, first]
+
+
+@pytest.mark.parametrize("mode", models.MODES)
+def test_compiled_models_get_code_of_their_own(run, monkeypatch, mode):
+    """Of one class, in one process; with a stand-in for Inductor."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph.forward)
+    compilers = []
+
+    class Noted(models.Compiler):
+        def __init__(self):
+            super().__init__()
+            compilers.append(self)
+
+    monkeypatch.setattr(models, "Compiler", Noted)
+    names = ["eager_compiled", f"{KERNEL}_compiled", f"{FUSED}_compiled"]
+    status, records = run("--models", "deformable_detr", "--modes", mode, "--impls", *names)
+    assert status == 0 and all(record["ok"] for record in records), records
+    # In training, layers of which there are several are compiled once, in frames of their own.
+    calls = [compiler.calls for compiler in compilers]
+    assert calls[0] == 0 < min(calls[1:]) <= models.MODELS["deformable_detr"].attentions
+    assert {record["impl"] for record in records} == set(names)
+    assert [record["ratio"] and record["ratio"]["to"] for record in records] == [
+        None,
+        "eager_compiled",
+        "eager_compiled",
+    ]
+
+
+def test_a_model_that_was_compiled_without_the_kernel_has_no_time(run, monkeypatch):
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph.forward)
+    monkeypatch.setattr(models, "KERNEL", "no name of an operator")
+    status, (record,) = run("--models", "deformable_detr", "--impls", f"{FUSED}_compiled")
+    assert status == 1 and record["lat_ms"] is None
+    assert "0 calls of no name of an operator were compiled" in record["err"]["msg"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -69,7 +131,7 @@ def test_half_types_train_under_autocast(run, dtype):
     status, records = run("--models", "deformable_detr", "--modes", "all", "--dtypes", dtype)
     assert status == 0 and all(record["ok"] for record in records)
     assert [(r["impl"], r["wl"]["dtype"]) for r in records] == [
-        (impl, name) for name in (dtype, f"{dtype}_autocast") for impl in ("eager", KERNEL)
+        (impl, name) for name in (dtype, f"{dtype}_autocast") for impl in ("eager", FUSED)
     ]
     kernel = records[1::2]
     assert all(record["corr"]["tolerance"]["operator"] == 8e-3 for record in kernel)
@@ -106,12 +168,15 @@ def test_a_model_that_is_not_kernelized_has_no_time(run, monkeypatch):
     assert "keeps transformers' layer" in record["err"]["msg"]
 
 
-def test_a_wrong_operator_is_shown_as_wrong(run, monkeypatch, capsys):
+@pytest.mark.parametrize("implementation", [KERNEL, FUSED])
+def test_a_wrong_operator_is_shown_as_wrong(run, monkeypatch, capsys, implementation):
     original = models.Observer._compare
-    monkeypatch.setattr(
-        models.Observer, "_compare", lambda self, inputs, output: original(self, inputs, 2 * output)
-    )
-    status, (record,) = run("--models", "mask2former", "--impls", KERNEL)
+
+    def doubled(self, reference, output, *arguments, **options):
+        original(self, reference, 2 * output, *arguments, **options)
+
+    monkeypatch.setattr(models.Observer, "_compare", doubled)
+    status, (record,) = run("--models", "mask2former", "--impls", implementation)
     assert status == 1 and not record["ok"]
     assert record["corr"]["error"]["operator"] == pytest.approx(1, rel=1e-3)
     assert "WRONG: 1e+00" in capsys.readouterr().out
