@@ -144,9 +144,11 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wante
   grads.weights = convert(grads.weights, weights_dtype);
   if (wanted.reference_points) {
     const int64_t heads[] = {2};
-    grads.reference_points = torch::stable::sum(grads.reference_points, heads);
+    grads.reference_points =
+        convert(torch::stable::sum(grads.reference_points, heads), reference_dtype);
+  } else {
+    grads.reference_points = convert(grads.reference_points, reference_dtype);
   }
-  grads.reference_points = convert(grads.reference_points, reference_dtype);
   return grads;
 } catch (const std::runtime_error& error) {
   rethrow(inputs.value, error);
