@@ -1,8 +1,9 @@
-// The dtypes of multi-scale deformable attention: the only list of them in native code.
+// The dtypes of multi-scale deformable attention.
 //
 // A scalar_t is how a tensor is stored, acc_t<scalar_t> how it is computed with: coordinates,
-// weights and sums are fp32 for the half types. To add a dtype, add its row to each function here
-// and to tests/cases.py.
+// weights and sums are fp32 for the half types. To add a dtype, add it to each function here, to
+// value_dtype() in inputs.cpp (which PyTorch dtypes are taken), to the conversions in cpu/vector.h
+// and cuda/vec.cuh (how vectors of it become acc_t), and to tests/cases.py.
 #pragma once
 
 #include <cstdint>

@@ -111,6 +111,10 @@ MSDA_HOST_DEVICE OffsetUnits<acc_t> offset_units(const Params& p, int32_t level_
 // locations hold: a level that does not fit into spatial_size contributes zero. There is at least
 // one point, and something to compute. On a GPU, whose device has to be the current one, they only
 // enqueue, on `stream`. They throw std::runtime_error.
+//
+// To add a backend, write these functions for it in a folder of its own, call them in
+// ms_deform_attn.cpp for its device, register the ops for that device in torch-ext/
+// torch_binding.cpp, and list the sources in build.toml. Checks, limits and allocation are shared.
 namespace cpu {
 void forward(const Params& params);
 void backward(const BackwardParams& params);
