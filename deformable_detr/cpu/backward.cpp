@@ -16,30 +16,34 @@
 namespace ms_deform_attn::cpu {
 namespace {
 
-// What the tiles take: locations and weights, of which they give the gradients. In a fused call
-// fuse_points has worked out the weights, and pixels that take the place of the locations.
-struct TileParams : BackwardParams {
-  Operand pixels{}, pixel_rests{};  // [batch, queries, heads, points, 2]
-  bool in_pixels() const { return pixels.data != nullptr; }
-};
-
-// What the tiles of a fused call take and give, for one batch.
+// The points of a fused call's round, for its tiles: a level of a (batch, head) lies together, each
+// quantity in an array of its own, so that a tile reads a block's points from where they lie.
 template <typename acc>
 struct FusedPoints {
-  FusedPoints(int64_t points, bool differentiated)
-      : pixels(2 * points, false),
-        pixel_rests(2 * points, false),
-        weights(points, false),
-        grad_locations(differentiated ? 2 * points : 0, false),
-        grad_weights(differentiated ? points : 0, false) {
-    prefer_huge_pages(pixels.data(), 2 * points * sizeof(acc));
-    prefer_huge_pages(pixel_rests.data(), 2 * points * sizeof(acc));
-    prefer_huge_pages(weights.data(), points * sizeof(acc));
+  FusedPoints(const Params& p, bool differentiated)
+      : p(p),
+        count(p.batch * p.queries * p.heads * p.points),
+        numbers(count * numbers_of_point(differentiated), false) {
+    prefer_huge_pages(numbers.data(), count * numbers_of_point(differentiated) * sizeof(acc));
+  }
+  static constexpr int64_t numbers_of_point(bool differentiated) { return differentiated ? 8 : 5; }
+
+  enum Quantity { x, y, x_rest, y_rest, weight, grad_x, grad_y, grad_weight };
+
+  // From `query` on, of the level with `points` points, the first of which is `first_point`.
+  acc* at(Quantity quantity, int64_t batch, int64_t head, int32_t first_point, int32_t points,
+          int64_t query) const {
+    return numbers.data() + quantity * count +
+           ((batch * p.heads + head) * p.points + first_point) * p.queries + query * points;
   }
 
-  Array<acc> pixels, pixel_rests, weights, grad_locations, grad_weights;
+  const Params& p;
+  int64_t count;
+  Array<acc> numbers;
 };
 
+// What a round of a fused call may take for its points, unless a batch item alone takes more.
+constexpr int64_t kRoundBytes = 64 << 20;
 constexpr int64_t kTaskRows = 256;
 
 }  // namespace
@@ -51,117 +55,108 @@ constexpr int64_t kTaskRows = 256;
 namespace ms_deform_attn::cpu {
 namespace {
 
+int64_t element_size(DType dtype) {
+  int64_t size = 0;
+  dispatch(dtype, [&](auto zero) { size = sizeof(zero); });
+  return size;
+}
+
+void prefer_huge_pages_for_results(const BackwardParams& p) {
+  const int64_t points = p.batch * p.queries * p.heads * p.points;
+  const auto prefer = [](void* data, DType dtype, int64_t elements) {
+    prefer_huge_pages(data, elements * element_size(dtype));
+  };
+  prefer(p.grad_value, p.value_dtype, p.batch * p.spatial_size * p.heads * p.channels);
+  prefer(p.grad_sampling_locations, p.sampling_locations.dtype, 2 * points);
+  prefer(p.grad_attention_weights, p.attention_weights.dtype, points);
+  prefer(p.grad_sampling_offsets, p.sampling_offsets.dtype, 2 * points);
+  prefer(p.grad_attention_logits, p.attention_logits.dtype, points);
+}
+
+// Has two steps: which tiles each block touches, and the tiles.
 template <typename scalar_t>
-void compute_tiles(const TileParams& params) {
+void plain_backward(const BackwardParams& params) {
   const Tiles tiles = cut_tiles<acc_t<scalar_t>>(params);
-  const int64_t points = params.batch * params.queries * params.heads * params.points;
-  prefer_huge_pages(params.grad_value, params.batch * params.spatial_size * params.heads *
-                                           params.channels * sizeof(scalar_t));
-  prefer_huge_pages(params.grad_sampling_locations, points * 2 * sizeof(scalar_t));
-  prefer_huge_pages(params.grad_attention_weights, points * sizeof(scalar_t));
   const int64_t maps = params.batch * params.heads;
   const Array<uint64_t> tiles_of_block(maps * tiles.blocks);
   Tasks(maps * tiles.blocks).run([&](Tasks& tasks) {
     MSDA_FOR_CAPABILITY(find_tiles<scalar_t>(params, tiles, tiles_of_block.data(), tasks));
   });
   Tasks(maps * tiles.tiles.size()).run([&](Tasks& tasks) {
-    MSDA_FOR_CAPABILITY(backward<scalar_t>(params, tiles, tiles_of_block.data(), tasks));
+    MSDA_FOR_CAPABILITY(backward<scalar_t>(params, tiles, tiles_of_block.data(), nullptr, tasks));
   });
 }
 
 // ------------------------------------------------------------------------------------------ fused
 
-// Turns the gradients of a row's locations and weights into those of its offsets, logits and
-// reference points. A gradient of zero stays zero, even if an operand is not finite.
-template <typename scalar_t, typename acc = acc_t<scalar_t>>
-void differentiate_row(const BackwardParams& p, int64_t row, const acc* weight, acc* grad_weight,
-                       acc* grad_location, acc* offset) {
-  const bool box = p.reference_coordinates == 4;
-  acc* grad_reference = nullptr;
-  if (p.grad_reference_points) {
-    const int64_t size = int64_t(p.reference_levels) * p.reference_coordinates;
-    grad_reference = static_cast<acc*>(p.grad_reference_points) + row * size;
-    std::fill_n(grad_reference, size, acc(0));
-    if (box) read_elements<scalar_t>(p.sampling_offsets, row * p.points * 2, p.points * 2, offset);
-  }
-  acc mean = 0;
-  for (int32_t i = 0; i < p.points; ++i) mean += weight[i] * grad_weight[i];
-  for (int32_t i = 0; i < p.points; ++i) grad_weight[i] = weight[i] * (grad_weight[i] - mean);
-
-  int32_t i = 0;
-  for (int32_t level = 0; level < p.levels; ++level) {
-    const Reference<acc> reference = read_reference<scalar_t>(p, row / p.heads, level);
-    const Level map = read_level(p, level);
-    const acc fraction = box ? acc(p.offset_scale / points_of_level(p, level)) : acc(0);
-    const acc unit[2] = {box ? fraction * reference.width : acc(1) / map.width,
-                         box ? fraction * reference.height : acc(1) / map.height};
-    for (const int32_t end = 2 * points_of_level(p, level) + i; i < end; ++i) {
-      const acc grad = grad_location[i];
-      if (grad == 0) continue;
-      grad_location[i] = grad * unit[i % 2];
-      if (!grad_reference) continue;
-      grad_reference[i % 2] += grad;
-      if (box) grad_reference[2 + i % 2] += grad * fraction * offset[i];
-    }
-    if (grad_reference && p.reference_levels > 1) grad_reference += p.reference_coordinates;
-  }
-  if (!p.grad_attention_logits) return;
-  write_elements<scalar_t>(grad_weight, row * p.points, p.points, p.grad_attention_logits,
-                           p.attention_logits.dtype);
-  write_elements<scalar_t>(grad_location, row * p.points * 2, p.points * 2, p.grad_sampling_offsets,
-                           p.sampling_offsets.dtype);
+// The `count` batch items from number `first` on.
+BackwardParams batch_items(const BackwardParams& params, int64_t first, int64_t count) {
+  BackwardParams p = params;
+  p.batch = count;
+  // Skips so many elements for each batch item before the first.
+  const auto skip = [&](auto& data, DType dtype, int64_t elements) {
+    char* const bytes = const_cast<char*>(static_cast<const char*>(data));
+    if (data) data = bytes + first * elements * element_size(dtype);
+  };
+  const int64_t values = p.spatial_size * p.heads * p.channels, rows = p.queries * p.heads,
+                references = int64_t(p.reference_levels) * p.reference_coordinates;
+  skip(p.value, p.value_dtype, values);
+  skip(p.grad_output, p.value_dtype, rows * p.channels);
+  skip(p.reference_points.data, p.reference_points.dtype, p.queries * references);
+  skip(p.sampling_offsets.data, p.sampling_offsets.dtype, rows * p.points * 2);
+  skip(p.attention_logits.data, p.attention_logits.dtype, rows * p.points);
+  skip(p.grad_value, p.value_dtype, values);
+  skip(p.grad_sampling_offsets, p.sampling_offsets.dtype, rows * p.points * 2);
+  skip(p.grad_attention_logits, p.attention_logits.dtype, rows * p.points);
+  const DType acc_dtype = p.value_dtype == DType::f64 ? DType::f64 : DType::f32;
+  skip(p.grad_reference_points, acc_dtype, rows * references);
+  return p;
 }
 
-// Each batch has three steps: the points' pixels and weights, the tiles, the points' gradients.
+// Three steps: the points' pixels and weights, the tiles, the gradients of offsets and logits.
+template <typename scalar_t>
+void fused_round(const BackwardParams& p, const std::vector<Level>& levels, bool differentiated) {
+  using acc = acc_t<scalar_t>;
+  const Tiles tiles = cut_tiles<acc>(p);
+  const FusedPoints<acc> points(p, differentiated);
+  const Array<uint64_t> tiles_of_block(p.batch * p.heads * tiles.blocks);
+  Tasks(p.batch * tiles.blocks).run([&](Tasks& tasks) {
+    MSDA_FOR_CAPABILITY(
+        fuse_blocks<scalar_t>(p, levels, tiles, points, tiles_of_block.data(), tasks));
+  });
+  Tasks(p.batch * p.heads * tiles.tiles.size()).run([&](Tasks& tasks) {
+    MSDA_FOR_CAPABILITY(backward<scalar_t>(p, tiles, tiles_of_block.data(), &points, tasks));
+  });
+  if (!differentiated) return;
+  Tasks(p.batch * tiles.blocks).run([&](Tasks& tasks) {
+    MSDA_FOR_CAPABILITY(differentiate_blocks<scalar_t>(p, levels, tiles, points, tasks));
+  });
+}
+
 template <typename scalar_t>
 void fused_backward(const BackwardParams& params) {
-  using acc = acc_t<scalar_t>;
-  const int64_t rows = params.queries * params.heads;
-  const int64_t values = params.spatial_size * params.heads * params.channels;
   const bool differentiated = params.grad_attention_logits || params.grad_reference_points;
-  const FusedPoints<acc> points(rows * params.points, differentiated);
+  const int64_t bytes = params.queries * params.heads * params.points *
+                        FusedPoints<acc_t<scalar_t>>::numbers_of_point(differentiated) *
+                        sizeof(acc_t<scalar_t>);
+  const int64_t most = std::max<int64_t>(1, kRoundBytes / bytes);
+  const int64_t rounds = (params.batch + most - 1) / most;
+  const int64_t items = (params.batch + rounds - 1) / rounds;
   const std::vector<Level> levels = read_levels(params);
-
-  TileParams tile{params};
-  tile.batch = 1;
-  tile.pixels = {points.pixels.data(), kDType<acc>};
-  tile.pixel_rests = {points.pixel_rests.data(), kDType<acc>};
-  tile.sampling_locations.dtype = kDType<acc>;  // the dtype of their gradients
-  tile.attention_weights = {points.weights.data(), kDType<acc>};
-  tile.grad_sampling_locations = differentiated ? points.grad_locations.data() : nullptr;
-  tile.grad_attention_weights = differentiated ? points.grad_weights.data() : nullptr;
-
-  for (int64_t batch = 0; batch < params.batch; ++batch) {
-    Tasks((rows + kTaskRows - 1) / kTaskRows).run([&](Tasks& tasks) {
-      MSDA_FOR_CAPABILITY(fuse_rows<scalar_t>(params, levels, batch * rows, rows, points, tasks));
-    });
-    tile.value = static_cast<const scalar_t*>(params.value) + batch * values;
-    if (params.grad_value) {
-      tile.grad_value = static_cast<scalar_t*>(params.grad_value) + batch * values;
-    }
-    tile.grad_output =
-        static_cast<const scalar_t*>(params.grad_output) + batch * rows * params.channels;
-    compute_tiles<scalar_t>(tile);
-    if (!differentiated) continue;
-    torch::stable::parallel_for(0, rows, kTaskRows, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t first = row * params.points;
-        differentiate_row<scalar_t>(params, batch * rows + row, points.weights.data() + first,
-                                    points.grad_weights.data() + first,
-                                    points.grad_locations.data() + 2 * first,
-                                    points.pixels.data() + 2 * first);
-      }
-    });
+  for (int64_t first = 0; first < params.batch; first += items) {
+    const int64_t count = std::min(items, params.batch - first);
+    fused_round<scalar_t>(batch_items(params, first, count), levels, differentiated);
   }
 }
 
 }  // namespace
 
 void backward(const BackwardParams& params) {
+  prefer_huge_pages_for_results(params);
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     if (params.fused()) return fused_backward<scalar_t>(params);
-    compute_tiles<scalar_t>(TileParams{params});
+    plain_backward<scalar_t>(params);
   });
 }
 

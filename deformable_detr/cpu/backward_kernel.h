@@ -4,8 +4,8 @@
 // What a thread keeps of its tile, and of the points of the block that it handles.
 template <typename acc>
 struct Workspace {
-  Workspace(int64_t points_of_block, bool in_pixels, int64_t padded, int64_t pixels_of_tile)
-      : points(points_of_block, in_pixels),
+  Workspace(int64_t points_of_block, int64_t padded, int64_t pixels_of_tile)
+      : points(points_of_block, false),
         offset{points_of_block, points_of_block, points_of_block, points_of_block},
         map_row(points_of_block),
         touched(points_of_block),
@@ -28,15 +28,6 @@ struct Workspace {
   Array<acc> pixels;       // the value and then the gradient of each pixel, in padded channels
 };
 
-// Loads a pixel's channels as acc. The last register is filled up with zeros.
-template <typename scalar_t>
-MSDA_INLINE void load_pixel(const scalar_t* from, int32_t channels, acc_t<scalar_t>* to) {
-  constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
-  int32_t c = 0;
-  for (; c + lanes <= channels; c += lanes) store(to + c, load(from + c));
-  if (c < channels) store(to + c, load(from + c, channels - c));
-}
-
 // Copies the value of the tile's pixels into the workspace, unless value is null, and sets their
 // gradients to zero, unless they are not wanted.
 template <typename scalar_t>
@@ -47,7 +38,7 @@ MSDA_INLINE void load_tile(const scalar_t* value, bool wants_gradients, int64_t 
   for (int32_t pixel = 0; pixel < pixels; ++pixel, to += 2 * padded) {
     if (value) {
       prefetch<false>(value, pixel_stride, channels);
-      load_pixel(value, channels, to);
+      load_numbers(value, channels, to);
       value += pixel_stride;
     }
     for (int32_t c = padded; c < end; c += lanes) store(to + c, Vector<acc_t<scalar_t>>{});
@@ -77,9 +68,9 @@ MSDA_INLINE void store_tile(const acc_t<scalar_t>* pixels, int32_t padded, int32
 // Finds the row of the map that a point belongs to: that of its north corners, clamped to the map.
 // All corners inside the map, and the nearest pixel, lie in this row and the next.
 template <bool in_pixels, typename acc>
-MSDA_INLINE void find_map_rows(const Points<acc>& points, int32_t height, int32_t count,
+MSDA_INLINE void find_map_rows(const PointTable<acc>& table, int32_t height, int32_t count,
                                int32_t* map_row) {
-  const acc *y = points.y.data(), *y_rest = points.y_rest.data();
+  const acc *y = table.y, *y_rest = table.y_rest;
   const acc last = static_cast<acc>(height - 1);
   MSDA_NO_ALIASES
   for (int32_t i = 0; i < count; ++i) {
@@ -90,23 +81,23 @@ MSDA_INLINE void find_map_rows(const Points<acc>& points, int32_t height, int32_
 }
 
 template <typename acc>
-MSDA_INLINE void find_map_rows(const Points<acc>& points, int32_t height, int32_t count,
+MSDA_INLINE void find_map_rows(const PointTable<acc>& table, int32_t height, int32_t count,
                                int32_t* map_row) {
-  if (points.in_pixels) return find_map_rows<true>(points, height, count, map_row);
-  return find_map_rows<false>(points, height, count, map_row);
+  if (table.in_pixels) return find_map_rows<true>(table, height, count, map_row);
+  return find_map_rows<false>(table, height, count, map_row);
 }
 
 // Finds out which corners are in the tile, and where.
 template <typename acc>
-MSDA_INLINE void find_in_tile(const Tile& tile, int32_t padded, int32_t count,
-                              const Workspace<acc>& space) {
+MSDA_INLINE void find_in_tile(const Tile& tile, const PointTable<acc>& table, int32_t padded,
+                              int32_t count, const Workspace<acc>& space) {
   const int32_t* const pixel[4] = {space.points.pixel[0].data(), space.points.pixel[1].data(),
                                    space.points.pixel[2].data(), space.points.pixel[3].data()};
   int64_t* const offset[4] = {space.offset[0].data(), space.offset[1].data(),
                               space.offset[2].data(), space.offset[3].data()};
   int32_t *map_row = space.map_row.data(), *touched = space.touched.data(),
           *owned = space.owned.data();
-  find_map_rows(space.points, tile.level.height, count, map_row);
+  find_map_rows(table, tile.level.height, count, map_row);
   const uint32_t begin = tile.first_pixel(), pixels = tile.pixels_with_halo();
   const int32_t top = tile.top, bottom = tile.bottom;
   const int64_t stride = 2 * int64_t(padded);
@@ -174,13 +165,12 @@ MSDA_INLINE void add_corners(const Workspace<acc>& space, int32_t first, int32_t
 }
 
 template <typename acc>
-MSDA_INLINE void differentiate_points(const Tile& tile, Method method, int32_t count,
-                                      const Workspace<acc>& space) {
+MSDA_INLINE void differentiate_points(const Tile& tile, Method method, const acc* weight,
+                                      int32_t count, const Workspace<acc>& space) {
   const acc* dot = space.dot.data();
   const int32_t* const pixel[4] = {space.points.pixel[0].data(), space.points.pixel[1].data(),
                                    space.points.pixel[2].data(), space.points.pixel[3].data()};
-  const acc *weight = space.points.weight.data(), *right = space.points.right.data(),
-            *down = space.points.down.data();
+  const acc *right = space.points.right.data(), *down = space.points.down.data();
   acc *grad_weight = space.grad_weight.data(), *grad_x = space.grad_x.data(),
       *grad_y = space.grad_y.data();
   const Level level = tile.level;
@@ -251,27 +241,15 @@ MSDA_INLINE void set_level(const Level& level, const Points<acc>& points, int32_
 }
 
 template <typename scalar_t>
-MSDA_INLINE void read_tile_coordinates(const TileParams& p, const Selection& selection,
-                                       int32_t count, const Points<acc_t<scalar_t>>& points) {
-  using acc = acc_t<scalar_t>;
-  if (!p.in_pixels()) {
-    return read_coordinates<scalar_t>(p.sampling_locations, selection, count, points);
-  }
-  read_coordinates<acc>(p.pixels, selection, count, points);
-  acc* const rests[2] = {points.x_rest.data(), points.y_rest.data()};
-  read_stored<acc>(p.pixel_rests.data, selection, count, points, rests);
-}
-
-template <typename scalar_t>
-MSDA_INLINE void read_tile_points(const TileParams& p, const Selection& selection, int32_t count,
-                                  const Points<acc_t<scalar_t>>& points) {
-  read_tile_coordinates<scalar_t>(p, selection, count, points);
+MSDA_INLINE void read_tile_points(const BackwardParams& p, const Selection& selection,
+                                  int32_t count, const Points<acc_t<scalar_t>>& points) {
+  read_coordinates<scalar_t>(p.sampling_locations, selection, count, points);
   read_weights<scalar_t>(p.attention_weights, selection, count, points);
 }
 
 template <typename scalar_t>
-MSDA_INLINE void write_tile_points(const TileParams& p, const Selection& selection, int32_t count,
-                                   const Workspace<acc_t<scalar_t>>& space) {
+MSDA_INLINE void write_tile_points(const BackwardParams& p, const Selection& selection,
+                                   int32_t count, const Workspace<acc_t<scalar_t>>& space) {
   using acc = acc_t<scalar_t>;
   const acc* const xy[2] = {space.grad_x.data(), space.grad_y.data()};
   const acc* const weight[1] = {space.grad_weight.data()};
@@ -281,44 +259,41 @@ MSDA_INLINE void write_tile_points(const TileParams& p, const Selection& selecti
                           space, weight);
 }
 
-// Works out the fused operator's pixels and weights. A task is kTaskRows of the `rows` (batch,
-// query, head) from number `first` on.
-template <typename scalar_t>
-void fuse_rows(const Params& p, const std::vector<Level>& levels, int64_t first, int64_t rows,
-               const FusedPoints<acc_t<scalar_t>>& to, Tasks& tasks) {
-  using acc = acc_t<scalar_t>;
-  const int32_t rows_of_block = std::max(1, kBlockPoints / p.points);
-  const Points<acc> points(rows_of_block * p.points, true);
-  const Fusion<acc> fusion(levels, rows_of_block * p.points);
-  set_levels(p, levels, rows_of_block, points);
+// ------------------------------------------------------------------------------- blocks and tiles
 
-  int64_t task;
-  while (tasks.take(&task)) {
-    const int64_t end = std::min(rows, (task + 1) * kTaskRows);
-    for (int64_t row = task * kTaskRows; row < end; row += rows_of_block) {
-      const int32_t count = std::min<int64_t>(rows_of_block, end - row) * p.points;
-      read_points<scalar_t>(p, Selection{(first + row) * p.points, 0, 1, count}, points);
-      fuse_points<scalar_t>(p, first + row, count / p.points, fusion, points);
-      std::copy_n(points.weight.data(), count, to.weights.data() + row * p.points);
-      acc* pixels = to.pixels.data() + 2 * row * p.points;
-      acc* rests = to.pixel_rests.data() + 2 * row * p.points;
+// The tiles that the points of a block of a (batch, head) may touch: bit t % 64 stands for tile t,
+// so that from 64 tiles on a block may be looked at in vain, but is never missed. points_of(tile)
+// gives the points of the tile's level.
+template <typename PointsOf>
+MSDA_INLINE uint64_t tiles_touched(const Tiles& tiles, int32_t rows, int32_t* map_row,
+                                   const PointsOf& points_of) {
+  uint64_t touched = 0;
+  int64_t top = 0, bottom = 0;  // of the level whose points begin with first_point
+  int32_t first_point = -1;
+  for (size_t t = 0; t < tiles.tiles.size(); ++t) {
+    const Tile& tile = tiles.tiles[t];
+    if (tile.points == 0) continue;
+    if (tile.first_point != first_point) {
+      first_point = tile.first_point;
+      const int32_t count = rows * tile.points;
+      find_map_rows(points_of(tile), tile.level.height, count, map_row);
+      top = tile.level.height, bottom = 0;
       for (int32_t i = 0; i < count; ++i) {
-        pixels[2 * i] = points.x[i];
-        pixels[2 * i + 1] = points.y[i];
-        rests[2 * i] = points.x_rest[i];
-        rests[2 * i + 1] = points.y_rest[i];
+        top = std::min<int64_t>(top, map_row[i]);
+        bottom = std::max<int64_t>(bottom, int64_t(map_row[i]) + 2);
       }
     }
+    touched |= uint64_t(top < tile.bottom && tile.top < bottom) << (t % 64);
   }
+  return touched;
 }
 
-// Finds the tiles that the points of a block may touch: bit t % 64 stands for tile t, so that from
-// 64 tiles on a block may be looked at in vain, but is never missed. A task is a block of a (batch,
-// head).
+// A task is a block of a (batch, head).
 template <typename scalar_t>
-void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_block, Tasks& tasks) {
-  const Points<acc_t<scalar_t>> points(tiles.points_of_block, p.in_pixels());
-  const Array<int32_t> map_rows(tiles.points_of_block);
+void find_tiles(const BackwardParams& p, const Tiles& tiles, uint64_t* tiles_of_block,
+                Tasks& tasks) {
+  const Points<acc_t<scalar_t>> points(tiles.points_of_block, false);
+  const Array<int32_t> map_row(tiles.points_of_block);
   int64_t task;
   while (tasks.take(&task)) {
     const int64_t head = task % p.heads, block = task / p.heads % tiles.blocks,
@@ -326,41 +301,49 @@ void find_tiles(const TileParams& p, const Tiles& tiles, uint64_t* tiles_of_bloc
     const int64_t query = block * tiles.queries_of_block;
     const int32_t rows = std::min<int64_t>(tiles.queries_of_block, p.queries - query);
     const int64_t row = (batch * p.queries + query) * p.heads + head;
-    uint64_t touched = 0;
-    int64_t top = 0, bottom = 0;  // of the level whose points begin with first_point
-    int32_t first_point = -1;
-    for (size_t t = 0; t < tiles.tiles.size(); ++t) {
-      const Tile& tile = tiles.tiles[t];
-      if (tile.points == 0) continue;
-      if (tile.first_point != first_point) {
-        first_point = tile.first_point;
-        const int32_t count = rows * tile.points;
-        const Selection selection{row * p.points + first_point, int64_t(p.heads) * p.points, rows,
-                                  tile.points};
-        read_tile_coordinates<scalar_t>(p, selection, tile.points, points);
-        int32_t* map_row = map_rows.data();
-        find_map_rows(points, tile.level.height, count, map_row);
-        top = tile.level.height, bottom = 0;
-        for (int32_t i = 0; i < count; ++i) {
-          top = std::min<int64_t>(top, map_row[i]);
-          bottom = std::max<int64_t>(bottom, int64_t(map_row[i]) + 2);
-        }
-      }
-      touched |= uint64_t(top < tile.bottom && tile.top < bottom) << (t % 64);
-    }
-    tiles_of_block[(batch * p.heads + head) * tiles.blocks + block] = touched;
+    tiles_of_block[(batch * p.heads + head) * tiles.blocks + block] =
+        tiles_touched(tiles, rows, map_row.data(), [&](const Tile& tile) {
+          const Selection selection{row * p.points + tile.first_point, int64_t(p.heads) * p.points,
+                                    rows, tile.points};
+          read_coordinates<scalar_t>(p.sampling_locations, selection, tile.points, points);
+          return points.table();
+        });
   }
 }
 
-// A task is a tile of a (batch, head).
+template <typename acc>
+MSDA_INLINE PointTable<acc> fused_table(const FusedPoints<acc>& points, const Tile& tile,
+                                        int64_t batch, int64_t head, int64_t query) {
+  using Q = typename FusedPoints<acc>::Quantity;
+  const auto at = [&](Q quantity) {
+    return points.at(quantity, batch, head, tile.first_point, tile.points, query);
+  };
+  return {true, at(Q::x), at(Q::y), at(Q::x_rest), at(Q::y_rest), at(Q::weight)};
+}
+
+// Copies the numbers of the points that the tile owns.
+template <typename acc>
+MSDA_INLINE void copy_owned(const Array<acc>& from, const Array<int32_t>& owned, int32_t count,
+                            acc* to) {
+  const acc* source = from.data();
+  const int32_t* mask = owned.data();
+  MSDA_NO_ALIASES
+  for (int32_t i = 0; i < count; ++i) {
+    if (mask[i]) to[i] = source[i];
+  }
+}
+
+// A task is a tile of a (batch, head). `fused` has the points of a fused call.
 template <typename scalar_t>
-void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_block,
-              Tasks& tasks) {
+void backward(const BackwardParams& p, const Tiles& tiles, const uint64_t* tiles_of_block,
+              const FusedPoints<acc_t<scalar_t>>* fused, Tasks& tasks) {
   using acc = acc_t<scalar_t>;
-  const bool differentiated = p.grad_attention_weights != nullptr;
+  using Q = typename FusedPoints<acc>::Quantity;
+  const bool differentiated =
+      p.grad_attention_weights || p.grad_attention_logits || p.grad_reference_points;
   const int64_t pixel_stride = int64_t(p.heads) * p.channels;
   const int32_t padded = tiles.padded_channels;
-  const Workspace<acc> space(tiles.points_of_block, p.in_pixels(), padded, tiles.most_pixels);
+  const Workspace<acc> space(tiles.points_of_block, padded, tiles.most_pixels);
 
   int64_t task;
   while (tasks.take(&task)) {
@@ -386,14 +369,17 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
       const Selection selection{row * p.points + tile.first_point, int64_t(p.heads) * p.points,
                                 rows, tile.points};
       const int32_t count = rows * tile.points;
+      PointTable<acc> table = space.points.table();
       // Told the usual number of points, the compiler writes no loop over them.
-      if (tile.points == 4) {
+      if (fused) {
+        table = fused_table(*fused, tile, batch, head, query);
+      } else if (tile.points == 4) {
         read_tile_points<scalar_t>(p, selection, 4, space.points);
       } else {
         read_tile_points<scalar_t>(p, selection, tile.points, space.points);
       }
-      find_corners(p.method, space.points, count);
-      find_in_tile(tile, padded, count, space);
+      find_corners(p.method, table, space.points, count);
+      find_in_tile(tile, table, padded, count, space);
       std::fill_n(space.dot.data(), 4 * int64_t(count), acc(0));
 
       for (int32_t r = 0; r < rows; ++r) {
@@ -404,7 +390,7 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
         const scalar_t* grad_output =
             static_cast<const scalar_t*>(p.grad_output) + (row + int64_t(r) * p.heads) * p.channels;
         prefetch<false>(grad_output, pixel_stride, p.channels);
-        load_pixel(grad_output, p.channels, space.grad_output.data());
+        load_numbers(grad_output, p.channels, space.grad_output.data());
         if (p.grad_value) {
           add_corners<true>(space, first, last, padded);
         } else {
@@ -412,8 +398,15 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
         }
       }
       if (!differentiated) continue;
-      differentiate_points(tile, p.method, count, space);
-      if (tile.points == 4) {
+      differentiate_points(tile, p.method, table.weight, count, space);
+      if (fused) {
+        const auto at = [&](Q quantity) {
+          return fused->at(quantity, batch, head, tile.first_point, tile.points, query);
+        };
+        copy_owned(space.grad_x, space.owned, count, at(Q::grad_x));
+        copy_owned(space.grad_y, space.owned, count, at(Q::grad_y));
+        copy_owned(space.grad_weight, space.owned, count, at(Q::grad_weight));
+      } else if (tile.points == 4) {
         write_tile_points<scalar_t>(p, selection, 4, space);
       } else {
         write_tile_points<scalar_t>(p, selection, tile.points, space);
@@ -422,5 +415,201 @@ void backward(const TileParams& p, const Tiles& tiles, const uint64_t* tiles_of_
     if (!p.grad_value) continue;
     store_tile(space.pixels.data(), padded, tile.pixels(), pixel_stride, p.channels,
                static_cast<scalar_t*>(p.grad_value) + origin);
+  }
+}
+
+// ------------------------------------------------------------------------------------------ fused
+
+// Copies between arrays of whole rows' points and the points of a round, level by level.
+// copy(index in the rows' arrays, index in the round's, numbers) for each level of each row.
+template <typename acc, typename Copy>
+MSDA_INLINE void for_each_level(const Params& p, const FusedPoints<acc>& points, int64_t first,
+                                int32_t rows, const Copy& copy) {
+  int32_t i = 0;
+  int64_t head = first % p.heads, query = first / p.heads % p.queries,
+          batch = first / p.heads / p.queries;
+  for (int32_t row = 0; row < rows; ++row) {
+    int32_t first_point = 0;
+    for (int32_t level = 0; level < p.levels; ++level) {
+      const int32_t count = points_of_level(p, level);
+      acc* const at = points.at(FusedPoints<acc>::x, batch, head, first_point, count, query);
+      // Told the usual number of points, the compiler writes no loop over them.
+      if (count == 4) {
+        copy(i, at, 4);
+      } else {
+        copy(i, at, count);
+      }
+      first_point += count, i += count;
+    }
+    if (++head < p.heads) continue;
+    head = 0;
+    if (++query < p.queries) continue;
+    query = 0, ++batch;
+  }
+}
+
+// Works out the fused operator's pixels and weights, and which tiles they touch. A task is a block
+// of queries of a batch item, with all heads.
+template <typename scalar_t>
+void fuse_blocks(const BackwardParams& p, const std::vector<Level>& levels, const Tiles& tiles,
+                 const FusedPoints<acc_t<scalar_t>>& to, uint64_t* tiles_of_block, Tasks& tasks) {
+  using acc = acc_t<scalar_t>;
+  const int32_t rows_at_once = std::max(1, kBlockPoints / p.points);
+  const Points<acc> points(rows_at_once * p.points, true);
+  const Array<int32_t> map_row(tiles.points_of_block);
+  const Fusion<acc> fusion(p, levels, rows_at_once);
+  set_levels(p, levels, rows_at_once, points);
+
+  int64_t task;
+  while (tasks.take(&task)) {
+    const int64_t block = task % tiles.blocks, batch = task / tiles.blocks;
+    const int64_t query = block * tiles.queries_of_block,
+                  queries = std::min<int64_t>(tiles.queries_of_block, p.queries - query);
+    const int64_t begin = (batch * p.queries + query) * p.heads, end = begin + queries * p.heads;
+    for (int64_t row = begin; row < end; row += rows_at_once) {
+      const int32_t rows = std::min<int64_t>(rows_at_once, end - row);
+      read_points<scalar_t>(p, Selection{row * p.points, 0, 1, rows * p.points}, points);
+      fuse_points<scalar_t>(p, row, rows, fusion, points);
+      const PointTable<acc> table = points.table();
+      for_each_level(p, to, row, rows, [&](int32_t i, acc* at, int32_t count) {
+        std::copy_n(table.x + i, count, at);
+        std::copy_n(table.y + i, count, at + to.count);
+        std::copy_n(table.x_rest + i, count, at + 2 * to.count);
+        std::copy_n(table.y_rest + i, count, at + 3 * to.count);
+        std::copy_n(table.weight + i, count, at + 4 * to.count);
+      });
+    }
+    for (int64_t head = 0; head < p.heads; ++head) {
+      tiles_of_block[(batch * p.heads + head) * tiles.blocks + block] = tiles_touched(
+          tiles, queries, map_row.data(),
+          [&](const Tile& tile) { return fused_table(to, tile, batch, head, query); });
+    }
+  }
+}
+
+// A row's gradients of its reference points. A gradient of zero adds nothing, even if an operand is
+// not finite.
+template <typename acc>
+MSDA_INLINE void add_reference_gradients(const Params& p, const acc* grad_x, const acc* grad_y,
+                                         const acc* offsets, acc* grad_reference) {
+  const bool box = p.reference_coordinates == 4;
+  std::fill_n(grad_reference, p.reference_levels * p.reference_coordinates, acc(0));
+  for (int32_t level = 0, i = 0; level < p.levels; ++level) {
+    const acc fraction = box ? acc(p.offset_scale / points_of_level(p, level)) : acc(0);
+    for (const int32_t end = i + points_of_level(p, level); i < end; ++i) {
+      const acc grad[2] = {grad_x[i], grad_y[i]};
+      for (int32_t axis = 0; axis < 2; ++axis) {
+        if (grad[axis] == 0) continue;
+        grad_reference[axis] += grad[axis];
+        if (box) grad_reference[2 + axis] += grad[axis] * fraction * offsets[2 * i + axis];
+      }
+    }
+    if (p.reference_levels > 1) grad_reference += p.reference_coordinates;
+  }
+}
+
+// Turns the gradients of rows' weights into those of their logits, in place.
+template <typename acc>
+MSDA_INLINE void differentiate_softmax(const acc* weight, int32_t rows, int32_t size,
+                                       acc* grad_weight) {
+  for (int32_t row = 0; row < rows; ++row, weight += size, grad_weight += size) {
+    acc mean = 0;
+    for (int32_t i = 0; i < size; ++i) mean += weight[i] * grad_weight[i];
+    MSDA_NO_ALIASES
+    for (int32_t i = 0; i < size; ++i) grad_weight[i] = weight[i] * (grad_weight[i] - mean);
+  }
+}
+
+// The gradients of offsets, where `unit` is the move of the location by an offset of one. One of
+// zero stays zero, even if the unit is not finite.
+template <typename acc>
+MSDA_INLINE void differentiate_offsets(const Array<acc>& grad_x, const Array<acc>& grad_y,
+                                       const Array<acc> (&unit)[2], int32_t count,
+                                       acc* grad_offsets) {
+  const acc *x = grad_x.data(), *y = grad_y.data();
+  const acc *unit_x = unit[0].data(), *unit_y = unit[1].data();
+  MSDA_NO_ALIASES
+  for (int32_t i = 0; i < count; ++i) {
+    grad_offsets[2 * i] = x[i] == 0 ? acc(0) : x[i] * unit_x[i];
+    grad_offsets[2 * i + 1] = y[i] == 0 ? acc(0) : y[i] * unit_y[i];
+  }
+}
+
+// How an offset of one moves a location, for rows from `first` on.
+template <typename scalar_t>
+MSDA_INLINE void set_units(const Params& p, int64_t first, int32_t rows,
+                           const Fusion<acc_t<scalar_t>>& fusion,
+                           const Array<acc_t<scalar_t>> (&unit)[2]) {
+  using acc = acc_t<scalar_t>;
+  const bool box = p.reference_coordinates == 4;
+  const int32_t size = box ? read_references<scalar_t>(p, first, rows, fusion) : 0;
+  int32_t i = 0;
+  for (int32_t row = 0; row < rows; ++row) {
+    const acc* reference =
+        fusion.references.data() + ((first + row) / p.heads - first / p.heads) * size;
+    for (int32_t level = 0; level < p.levels; ++level) {
+      const acc fraction = box ? acc(p.offset_scale / points_of_level(p, level)) : acc(0);
+      const acc x = box ? fraction * reference[2] : acc(1) / fusion.levels[level].width;
+      const acc y = box ? fraction * reference[3] : acc(1) / fusion.levels[level].height;
+      for (const int32_t end = i + points_of_level(p, level); i < end; ++i) {
+        unit[0][i] = x;
+        unit[1][i] = y;
+      }
+      if (box && p.reference_levels > 1) reference += p.reference_coordinates;
+    }
+  }
+}
+
+// Turns the gradients of the points' locations and weights into those of offsets, logits and
+// reference points. Tasks are those of fuse_blocks.
+template <typename scalar_t>
+void differentiate_blocks(const BackwardParams& p, const std::vector<Level>& levels,
+                          const Tiles& tiles, const FusedPoints<acc_t<scalar_t>>& of,
+                          Tasks& tasks) {
+  using acc = acc_t<scalar_t>;
+  using Q = FusedPoints<acc>;
+  const bool box = p.reference_coordinates == 4;
+  const int32_t rows_at_once = std::max(1, kBlockPoints / p.points);
+  const int32_t capacity = rows_at_once * p.points;
+  const Array<acc> weight(capacity), grad_weight(capacity), grad_x(capacity), grad_y(capacity),
+      offsets(2 * capacity), grad_offsets(2 * capacity);
+  const Array<acc> unit[2] = {capacity, capacity};
+  const Fusion<acc> fusion(p, levels, rows_at_once);
+  if (!box) set_units<scalar_t>(p, 0, rows_at_once, fusion, unit);
+
+  int64_t task;
+  while (tasks.take(&task)) {
+    const int64_t block = task % tiles.blocks, batch = task / tiles.blocks;
+    const int64_t query = block * tiles.queries_of_block,
+                  queries = std::min<int64_t>(tiles.queries_of_block, p.queries - query);
+    const int64_t begin = (batch * p.queries + query) * p.heads, end = begin + queries * p.heads;
+    for (int64_t row = begin; row < end; row += rows_at_once) {
+      const int32_t rows = std::min<int64_t>(rows_at_once, end - row), count = rows * p.points;
+      for_each_level(p, of, row, rows, [&](int32_t i, const acc* at, int32_t points) {
+        std::copy_n(at + Q::weight * of.count, points, &weight[i]);
+        std::copy_n(at + Q::grad_x * of.count, points, &grad_x[i]);
+        std::copy_n(at + Q::grad_y * of.count, points, &grad_y[i]);
+        std::copy_n(at + Q::grad_weight * of.count, points, &grad_weight[i]);
+      });
+      if (p.grad_reference_points) {
+        if (box) {
+          load_numbers<scalar_t>(p.sampling_offsets, row * p.points * 2, 2 * count, offsets.data());
+        }
+        const int32_t size = p.reference_levels * p.reference_coordinates;
+        for (int32_t r = 0; r < rows; ++r) {
+          add_reference_gradients(p, &grad_x[r * p.points], &grad_y[r * p.points],
+                                  &offsets[2 * r * p.points],
+                                  static_cast<acc*>(p.grad_reference_points) + (row + r) * size);
+        }
+      }
+      if (!p.grad_attention_logits) continue;
+      if (box) set_units<scalar_t>(p, row, rows, fusion, unit);
+      differentiate_softmax(weight.data(), rows, p.points, grad_weight.data());
+      differentiate_offsets(grad_x, grad_y, unit, count, grad_offsets.data());
+      store_numbers<scalar_t>(grad_weight.data(), count, row * p.points, p.grad_attention_logits,
+                              p.attention_logits.dtype);
+      store_numbers<scalar_t>(grad_offsets.data(), 2 * count, 2 * row * p.points,
+                              p.grad_sampling_offsets, p.sampling_offsets.dtype);
+    }
   }
 }

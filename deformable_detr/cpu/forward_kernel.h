@@ -87,7 +87,7 @@ void forward(const Params& p, const std::vector<Level>& levels, Tasks& tasks) {
   const int32_t capacity = rows_of_block * p.points + kPointsAhead;
 
   const Points<acc> points(capacity, p.fused());
-  const Fusion<acc> fusion(levels, p.fused() ? capacity : 0);
+  const Fusion<acc> fusion(p, levels, p.fused() ? rows_of_block : 0);
   const Array<int64_t> offset[4] = {capacity, capacity, capacity, capacity};
   const Array<int64_t> origin(capacity);
   set_levels(p, levels, rows_of_block, points);
@@ -106,7 +106,7 @@ void forward(const Params& p, const std::vector<Level>& levels, Tasks& tasks) {
       const int32_t rows = std::min<int64_t>(rows_of_block, end - row);
       read_points<scalar_t>(p, Selection{row * p.points, 0, 1, rows * p.points}, points);
       if (p.fused()) fuse_points<scalar_t>(p, row, rows, fusion, points);
-      find_corners(p.method, points, rows * p.points);
+      find_corners(p.method, points.table(), points, rows * p.points);
       find_offsets(p, row, rows, points, outside, origin, offset);
       for (int32_t r = 0; r < rows; ++r) {
         const int32_t first = r * p.points, last = first + p.points;

@@ -51,18 +51,34 @@ MSDA_INLINE void softmax(acc* x, int32_t rows, int32_t size) {
 
 // ----------------------------------------------------------------------------------------- pixels
 
-// Each point's reference point, and how many pixels an offset of one moves the point.
+// Points of `rows` whole rows: their reference points, and how many pixels an offset of one moves
+// them.
 template <typename acc>
 struct Fusion {
-  Fusion(const std::vector<Level>& levels, int64_t capacity)
+  Fusion(const Params& p, const std::vector<Level>& levels, int32_t rows)
       : levels(levels),
-        reference{capacity, capacity},
-        unit{capacity, capacity},
-        unit_rest{capacity, capacity} {}
+        references((rows / p.heads + 2) * p.reference_levels * p.reference_coordinates),
+        reference{rows * p.points, rows * p.points},
+        unit{rows * p.points, rows * p.points},
+        unit_rest{rows * p.points, rows * p.points} {
+    for (const Array<acc>& axis : unit) std::fill_n(axis.data(), rows * p.points, acc(1));
+  }
 
   const std::vector<Level>& levels;
-  Array<acc> reference[2], unit[2], unit_rest[2];  // x and y
+  Array<acc> references;                           // of the rows' queries, as they are stored
+  Array<acc> reference[2], unit[2], unit_rest[2];  // x and y of each point
 };
+
+// Reads the reference points of the rows' queries. Returns how many numbers a query has.
+template <typename scalar_t>
+MSDA_INLINE int32_t read_references(const Params& p, int64_t first, int32_t rows,
+                                    const Fusion<acc_t<scalar_t>>& fusion) {
+  const int32_t size = p.reference_levels * p.reference_coordinates;
+  const int64_t query = first / p.heads, last = (first + rows - 1) / p.heads;
+  load_numbers<scalar_t>(p.reference_points, query * size, int32_t(last - query + 1) * size,
+                         fusion.references.data());
+  return size;
+}
 
 // Works out the points of whole rows, from row `first` on, whose offsets and logits have been read:
 // x and y become pixels, x_rest and y_rest what rounding left of them, and weight the softmax.
@@ -71,27 +87,31 @@ MSDA_INLINE void fuse_points(const Params& p, int64_t first, int32_t rows,
                              const Fusion<acc_t<scalar_t>>& fusion,
                              const Points<acc_t<scalar_t>>& points) {
   using acc = acc_t<scalar_t>;
+  const bool box = p.reference_coordinates == 4;
+  const int32_t size = read_references<scalar_t>(p, first, rows, fusion);
   int32_t i = 0;
   for (int32_t row = 0; row < rows; ++row) {
+    const acc* reference =
+        fusion.references.data() + ((first + row) / p.heads - first / p.heads) * size;
     for (int32_t level = 0; level < p.levels; ++level) {
-      const Reference<acc> reference = read_reference<scalar_t>(p, (first + row) / p.heads, level);
-      Exact<acc> unit_x{1, 0}, unit_y{1, 0};
-      if (p.reference_coordinates == 4) {
+      const int32_t begin = i, end = i + points_of_level(p, level);
+      for (; i < end; ++i) {
+        fusion.reference[0][i] = reference[0];
+        fusion.reference[1][i] = reference[1];
+      }
+      if (box) {
         const OffsetUnits<acc> units = offset_units<acc>(p, level, fusion.levels[level]);
-        unit_x = multiply(reference.width, units.x);
-        unit_y = multiply(reference.height, units.y);
+        const Exact<acc> unit[2] = {multiply(reference[2], units.x),
+                                    multiply(reference[3], units.y)};
+        for (int32_t axis = 0; axis < 2; ++axis) {
+          std::fill(&fusion.unit[axis][begin], &fusion.unit[axis][end], unit[axis].rounded);
+          std::fill(&fusion.unit_rest[axis][begin], &fusion.unit_rest[axis][end], unit[axis].rest);
+        }
       }
-      for (const int32_t end = i + points_of_level(p, level); i < end; ++i) {
-        fusion.reference[0][i] = reference.x;
-        fusion.reference[1][i] = reference.y;
-        fusion.unit[0][i] = unit_x.rounded;
-        fusion.unit[1][i] = unit_y.rounded;
-        fusion.unit_rest[0][i] = unit_x.rest;
-        fusion.unit_rest[1][i] = unit_y.rest;
-      }
+      if (p.reference_levels > 1) reference += p.reference_coordinates;
     }
   }
-  const int32_t* const size[2] = {points.width.data(), points.height.data()};
+  const int32_t* const sizes[2] = {points.width.data(), points.height.data()};
   acc* const at[2] = {points.x.data(), points.y.data()};
   acc* const rest[2] = {points.x_rest.data(), points.y_rest.data()};
   for (int32_t axis = 0; axis < 2; ++axis) {
@@ -100,7 +120,7 @@ MSDA_INLINE void fuse_points(const Params& p, int64_t first, int32_t rows,
     MSDA_NO_ALIASES
     for (int32_t k = 0; k < i; ++k) {
       const Exact<acc> move = multiply(at[axis][k], Exact<acc>{unit[k], unit_rest[k]});
-      const Exact<acc> pixel = moved_pixel(reference[k], size[axis][k], move);
+      const Exact<acc> pixel = moved_pixel(reference[k], sizes[axis][k], move);
       at[axis][k] = pixel.rounded;
       rest[axis][k] = pixel.rest;
     }

@@ -12,6 +12,14 @@ struct Selection {
   int32_t rows, count;
 };
 
+// Where the points of a block have their coordinates and weights. Coordinates are locations, or
+// pixels with what rounding left of them: see fuse_points.
+template <typename acc>
+struct PointTable {
+  bool in_pixels;
+  const acc *x, *y, *x_rest, *y_rest, *weight;
+};
+
 template <typename acc>
 struct Points {
   Points(int64_t capacity, bool in_pixels)
@@ -33,7 +41,9 @@ struct Points {
   const bool in_pixels;
   Array<int32_t> height, width, start;  // of each point's level
 
-  // Coordinates are locations, or pixels with what rounding left of them: see fuse_points.
+  PointTable<acc> table() const {
+    return {in_pixels, x.data(), y.data(), x_rest.data(), y_rest.data(), weight.data()};
+  }
   Array<acc> x, y, weight, x_rest, y_rest;
   Array<acc> stored[2];  // room for two numbers a point in the dtype they are stored in
 
@@ -117,11 +127,12 @@ MSDA_INLINE Coordinate<acc> coordinate(const acc* at, const acc* rest, int32_t i
 }
 
 template <Method method, bool in_pixels, typename acc>
-MSDA_INLINE void find_corners(const Points<acc>& points, int32_t count) {
+MSDA_INLINE void find_corners(const PointTable<acc>& table, const Points<acc>& points,
+                              int32_t count) {
   const int32_t *height = points.height.data(), *width = points.width.data(),
                 *start = points.start.data();
-  const acc *x = points.x.data(), *y = points.y.data(), *weight = points.weight.data();
-  const acc *x_rest = points.x_rest.data(), *y_rest = points.y_rest.data();
+  const acc *x = table.x, *y = table.y, *weight = table.weight;
+  const acc *x_rest = table.x_rest, *y_rest = table.y_rest;
   int32_t* const pixel[4] = {points.pixel[0].data(), points.pixel[1].data(), points.pixel[2].data(),
                              points.pixel[3].data()};
   acc* const corner_weight[4] = {points.corner_weight[0].data(), points.corner_weight[1].data(),
@@ -144,13 +155,15 @@ MSDA_INLINE void find_corners(const Points<acc>& points, int32_t count) {
 }
 
 template <typename acc>
-MSDA_INLINE void find_corners(Method method, const Points<acc>& points, int32_t count) {
-  if (points.in_pixels) {
-    if (method == Method::bilinear) return find_corners<Method::bilinear, true>(points, count);
-    return find_corners<Method::nearest, true>(points, count);
+MSDA_INLINE void find_corners(Method method, const PointTable<acc>& table,
+                              const Points<acc>& points, int32_t count) {
+  const bool bilinear = method == Method::bilinear;
+  if (table.in_pixels) {
+    if (bilinear) return find_corners<Method::bilinear, true>(table, points, count);
+    return find_corners<Method::nearest, true>(table, points, count);
   }
-  if (method == Method::bilinear) return find_corners<Method::bilinear, false>(points, count);
-  return find_corners<Method::nearest, false>(points, count);
+  if (bilinear) return find_corners<Method::bilinear, false>(table, points, count);
+  return find_corners<Method::nearest, false>(table, points, count);
 }
 
 // Sets the levels of the points of `rows` whole rows.

@@ -136,6 +136,44 @@ MSDA_INLINE void store(scalar_t* to, Vector<acc_t<scalar_t>> x, int32_t count) {
   for (int32_t i = 0; i < count; ++i) to[i] = buffer[i];
 }
 
+// Converts `count` numbers. `to_array` is the beginning of an Array.
+template <typename scalar_t>
+MSDA_INLINE void load_numbers(const scalar_t* from, int32_t count, acc_t<scalar_t>* to_array) {
+  constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
+  int32_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to_array + i, load(from + i));
+  if (i < count) store(to_array + i, load(from + i, count - i));
+}
+template <typename scalar_t>
+MSDA_INLINE void store_numbers(const acc_t<scalar_t>* from_array, int32_t count, scalar_t* to) {
+  constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
+  int32_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from_array + i));
+  if (i < count) store(to + i, load(from_array + i), count - i);
+}
+
+// The same for an operand, which is stored as value is or as acc, from index `first` on.
+template <typename scalar_t>
+MSDA_INLINE void load_numbers(const Operand& operand, int64_t first, int32_t count,
+                              acc_t<scalar_t>* to_array) {
+  using acc = acc_t<scalar_t>;
+  if (operand.dtype == kDType<scalar_t>) {
+    load_numbers(static_cast<const scalar_t*>(operand.data) + first, count, to_array);
+  } else {
+    load_numbers(static_cast<const acc*>(operand.data) + first, count, to_array);
+  }
+}
+template <typename scalar_t>
+MSDA_INLINE void store_numbers(const acc_t<scalar_t>* from_array, int32_t count, int64_t first,
+                               void* tensor, DType dtype) {
+  using acc = acc_t<scalar_t>;
+  if (dtype == kDType<scalar_t>) {
+    store_numbers(from_array, count, static_cast<scalar_t*>(tensor) + first);
+  } else {
+    store_numbers(from_array, count, static_cast<acc*>(tensor) + first);
+  }
+}
+
 // The rows of a head lie a kilobyte or more apart, which the processor's own prefetching does not
 // foresee. So the row that comes kRowsAhead later is prefetched, whether there is one or not.
 constexpr int32_t kRowsAhead = 32;

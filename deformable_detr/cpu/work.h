@@ -28,50 +28,6 @@ inline std::vector<Level> read_levels(const Params& p) {
   return levels;
 }
 
-// function(zero of the type that an operand is stored in): value's, or float beside a half value.
-template <typename scalar_t, typename Function>
-void dispatch_operand(DType dtype, Function&& function) {
-  if (dtype == kDType<scalar_t>) return function(scalar_t{});
-  function(acc_t<scalar_t>{});
-}
-
-// Read and write `count` elements of an operand or its gradient, from index `first` on.
-template <typename scalar_t>
-void read_elements(const Operand& operand, int64_t first, int64_t count, acc_t<scalar_t>* to) {
-  dispatch_operand<scalar_t>(operand.dtype, [&](auto zero) {
-    const auto* from = static_cast<const decltype(zero)*>(operand.data) + first;
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<acc_t<scalar_t>>(from[i]);
-  });
-}
-template <typename scalar_t>
-void write_elements(const acc_t<scalar_t>* from, int64_t first, int64_t count, void* data,
-                    DType dtype) {
-  dispatch_operand<scalar_t>(dtype, [&](auto zero) {
-    auto* to = static_cast<decltype(zero)*>(data) + first;
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<decltype(zero)>(from[i]);
-  });
-}
-
-// A reference point. Width and height are zero if it has two coordinates.
-template <typename acc>
-struct Reference {
-  acc x, y, width, height;
-};
-
-template <typename scalar_t>
-Reference<acc_t<scalar_t>> read_reference(const Params& p, int64_t query, int32_t level) {
-  const int64_t first = (query * p.reference_levels + (p.reference_levels == 1 ? 0 : level)) *
-                        p.reference_coordinates;
-  Reference<acc_t<scalar_t>> result{};
-  dispatch_operand<scalar_t>(p.reference_points.dtype, [&](auto zero) {
-    const auto* from = static_cast<const decltype(zero)*>(p.reference_points.data) + first;
-    const auto read = [&](int i) { return static_cast<acc_t<scalar_t>>(from[i]); };
-    result.x = read(0), result.y = read(1);
-    if (p.reference_coordinates == 4) result.width = read(2), result.height = read(3);
-  });
-  return result;
-}
-
 // Zeros, unless told otherwise, from a cache line's boundary on. Whole cache lines are allocated,
 // so that SIMD registers, which are no longer, may be stored beyond the last element.
 template <typename T>
