@@ -5,6 +5,7 @@ from typing import List, Tuple
 import torch
 from torch import nn
 
+from . import private
 from .functional import ms_deform_attn
 from .levels import ms_deform_attn_list
 from .native import ops
@@ -41,7 +42,7 @@ class MultiScaleDeformableAttention(nn.Module):
                 sampling_locations,
                 attention_weights,
             )
-        if torch.compiler.is_exporting():  # sizes in a list stay symbolic, a tensor may fix them
+        if private.is_exporting():  # sizes in a list stay symbolic, a tensor may fix them
             return ms_deform_attn_list(
                 value, value_spatial_shapes_list, sampling_locations, attention_weights
             )

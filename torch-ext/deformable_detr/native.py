@@ -1,4 +1,6 @@
-"""The native ops, in the namespace of this build, whose library is loaded once.
+"""The ops of this build, in its namespace, whose library is loaded once.
+
+torch-universal has no library: its ops are defined in Python, in the package ``universal``.
 
 A build's id names its library, its ops' namespace and its Python modules. Builds of tools/build.py
 share an id only where they are of the same sources. Those of kernel-builder have the short id of a
@@ -23,12 +25,21 @@ def _state(file: Path) -> Optional[Tuple[int, int]]:
 
 
 class _Build:
-    """The files of a build as they were when it was loaded: its library and modules."""
+    """The files of a build as they were when it was loaded: its library and modules.
+
+    Without a library, ``_ops.py`` stands for it, as it has the id and the schemas.
+    """
 
     def __init__(self, folder: Path):
-        (library,) = folder.glob(f"*{SUFFIX}")
+        libraries = [*folder.glob(f"*{SUFFIX}")]
+        (library,) = libraries or [folder / "_ops.py"]
         self.folder, self.library = folder, library.name
-        self.id = library.name[: -len(SUFFIX)]
+        if libraries:
+            self.id = library.name[: -len(SUFFIX)]
+        else:
+            from ._ops import ops
+
+            self.id = ops.name
         self.files: Dict[str, Optional[Tuple[int, int]]] = {
             str(file.relative_to(folder)): _state(file) for file in (library, *folder.rglob("*.py"))
         }
@@ -87,3 +98,6 @@ def check_build(folder: Path) -> None:
 _BUILD = _use_loaded_ops()
 
 from ._ops import add_op_namespace_prefix, ops  # noqa: E402, F401
+
+if not hasattr(ops, "ms_deform_attn_forward"):
+    from . import universal  # noqa: F401

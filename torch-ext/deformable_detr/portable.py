@@ -10,13 +10,13 @@ from typing import Callable, Dict
 import torch
 from torch.nn import functional as F
 
-from . import reference
+from . import private, reference
 from .native import ops
 
 
 def in_onnx_export() -> bool:
     """Whether ``torch.onnx.export`` traces the call: ONNX has no place for this kernel."""
-    return torch.compiler.is_exporting() and _exporter_runs()
+    return private.is_exporting() and _exporter_runs()
 
 
 @torch.compiler.assume_constant_result  # Dynamo takes torch's own function for False

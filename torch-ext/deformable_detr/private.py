@@ -1,7 +1,7 @@
-"""The names of PyTorch that are not public, and what serves where one of them is missing.
+"""The names of PyTorch that are not public, or new, and what serves where one is missing.
 
-They only save time. Without transforms_active or dual_levels, eager calls go the way of calls under
-transforms, which is right for every call.
+They only save time; is_exporting is for exports. Without transforms_active or dual_levels, eager
+calls go the way of calls under transforms, which is right for every call.
 """
 
 import contextlib
@@ -23,6 +23,9 @@ transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda
 dual_levels = forward_ad
 if not hasattr(forward_ad, "_current_level"):
     dual_levels = SimpleNamespace(_current_level=0)
+
+# Whether torch.export is at work. Public, but of torch 2.7.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 # Whether a tensor belongs to a transform of torch.func that has ended.
 _is_dead = getattr(torch._C._functorch, "is_dead_tensor_wrapper", None)

@@ -86,6 +86,9 @@ def _register_autograd_publicly(operation):
 
 
 def _register_vmap(operation):
+    if not hasattr(torch.library, "register_vmap"):  # of torch 2.5
+        return
+
     def vmap(info, in_dims, *args):
         return over_problems(operation, _call_op, info, in_dims, *operation.split(args))
 

@@ -14,6 +14,7 @@ from typing import FrozenSet, NamedTuple, Optional
 import torch
 from torch import nn
 
+from .. import private
 from ..layers import METHODS
 from ..levels import level_tensors
 from ..modules import attend
@@ -172,7 +173,7 @@ def _attend(
             )
     given = spatial_shapes is not None and level_start_index is not None
     # In an export, sizes in a list stay symbolic, where a tensor may fix them.
-    if given and not (torch.compiler.is_exporting() and spatial_shapes_list is not None):
+    if given and not (private.is_exporting() and spatial_shapes_list is not None):
         levels = spatial_shapes, level_start_index
     else:
         sizes = spatial_shapes if spatial_shapes_list is None else spatial_shapes_list
