@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import implementations
 import kernels
 import pytest
 import torch
@@ -44,9 +45,38 @@ def pytest_report_header(config):
     return f"kernel: {Path(KERNEL.__file__).parent.name}; torch {torch.__version__}; GPU: {gpu}"
 
 
+def pytest_generate_tests(metafunc):
+    if "kernel" in metafunc.fixturenames:
+        which = implementations.of_test(metafunc.module.__name__, metafunc.function.__name__)
+        if len(which) > 1:
+            metafunc.parametrize("kernel", which, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what implementations.py does not list."""
+
+    def is_listed(item):
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        if not parameters or "kernel" not in parameters:
+            return True
+        name = item.function.__name__
+        which = parameters["kernel"]
+        return implementations.takes_part(which, item.module.__name__, name, parameters)
+
+    items[:] = filter(is_listed, items)
+
+
 @pytest.fixture(scope="session")
-def kernel():
-    return KERNEL
+def kernel(request):
+    """The kernel, computed by the implementation that the test is for."""
+    implementation = getattr(request, "param", "native")
+    kernel = implementations.load(implementation, KERNEL)
+    before = os.environ.get("MSDA_TRITON")
+    os.environ["MSDA_TRITON"] = "1" if implementation == "triton" else "0"
+    yield kernel
+    os.environ.pop("MSDA_TRITON")
+    if before is not None:
+        os.environ["MSDA_TRITON"] = before
 
 
 @pytest.fixture(params=DEVICES)

@@ -7,6 +7,7 @@ from typing import Callable, NamedTuple
 import pytest
 import torch
 from cases import SMALL, Case, assert_close, make_fused_inputs, make_inputs
+from conftest import KERNEL
 
 # What a public function takes. ("im2col_step" is ignored.)
 LEVELS = "spatial_shapes level_start_index"
@@ -289,6 +290,12 @@ def test_wrong_call(kernel, device, name):
         has = wrong.has or f"shape ({', '.join(map(str, changed.shape))})"
         expected = wrong.expected or f"expected {SHAPES[argument]}"
         assert has in message and expected.format(device=on) in message, message
+        if kernel is not KERNEL and device == "cpu":  # the other implementations say the same
+            with pytest.raises(wrong.error) as native:
+                call(KERNEL, function, inputs)
+            assert (
+                str(native.value).replace(KERNEL.native.ops.name, kernel.native.ops.name) == message
+            )
     check_a_good_call(kernel, function, device)
 
 

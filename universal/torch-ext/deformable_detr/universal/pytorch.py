@@ -41,7 +41,7 @@ def backward(inputs: Inputs, for_value: bool, for_points: bool, for_reference: b
     if inputs.is_empty:
         asked = (for_value, for_reference, for_points, for_points)
         tensors = (value, inputs.reference_points, inputs.coordinates, inputs.weights)
-        return tuple(torch.zeros_like(x) if flag else None for x, flag in zip(tensors, asked))
+        return tuple(x.new_zeros(x.shape) if flag else None for x, flag in zip(tensors, asked))
     points = Points(inputs)
     corners = Corners(inputs, points)
     index, per_bag = corners.index.flatten(), corners.per_bag
@@ -249,7 +249,7 @@ def _points_last(tensor, dtype):
 
 def _points_first(tensor, dtype):
     """And back."""
-    return tensor.transpose(-1, -2).to(dtype, memory_format=torch.contiguous_format)
+    return tensor.transpose(-1, -2).to(dtype).contiguous()
 
 
 def _sizes(inputs: Inputs) -> torch.Tensor:
