@@ -106,6 +106,9 @@ def violations(library: Path, stable_abi: tuple[int, int], cuda: int | None) -> 
 
 def check(variant: Path) -> list[str]:
     """The violations of the library in a variant's folder; its name says what it is for."""
+    if variant.name == builder.UNIVERSAL_VARIANT:
+        native = sorted(path.name for path in variant.rglob("*.so"))
+        return [f"has {name}, expected Python alone" for name in native]
     match = re.match(r"torch-stable-abi(\d)(\d+)-(?:cpu|cu(\d\d)\d)-", variant.name)
     if match is None:
         expected = "torch-stable-abi210-cpu-x86_64-linux"

@@ -68,7 +68,7 @@ def problems(kernel: builder.Kernel, variant: Path) -> list[str]:
     elif provenance.dirty:
         found.append("was built from a dirty tree; commit, then build it again")
     elif provenance.kernel_builder.version == builder.BUILDER:
-        backend = str(metadata.backend.backend_type).lower()
+        backend = builder.backend_of(variant)
         if metadata.id != kernel.id(backend, variant.name, metadata.backend.archs or []):
             found.append("was built from other sources than these; build it again")
     if metadata.digest is None:

@@ -1,6 +1,6 @@
 """Build every variant of a release from the last commit, twice, and compare.
 
-    python tools/release.py                            # cpu, cu130 and cu132, for every GPU
+    python tools/release.py                            # universal, cpu, cu130 and cu132, for all
     python tools/release.py --archs 9.0 --cuda 13.0    # less, to try it
 
 The commit is checked out and built in release/, where tools/publish.py looks for it, and again in
@@ -39,7 +39,8 @@ def compute_of(cuda: str) -> str:
 
 def matrix(kernel: builder.Kernel) -> dict[str, list[str]]:
     """The variants of a whole release by their names, and each one's GPU architectures."""
-    variants = {builder.variant_name(kernel.stable_abi("cpu"), "cpu"): []}
+    variants = {builder.UNIVERSAL_VARIANT: []}
+    variants[builder.variant_name(kernel.stable_abi("cpu"), "cpu")] = []
     for cuda in REQUIREMENTS:
         name = builder.variant_name(kernel.stable_abi("cuda"), compute_of(cuda))
         variants[name] = builder.RELEASE_ARCHS[int(cuda.split(".")[0])]
@@ -80,14 +81,16 @@ class Task:
     """One variant of the matrix."""
 
     backend: str
-    compute: str  # cpu, cu130
+    compute: str  # universal, cpu, cu130
     options: list[str]  # of tools/build.py
 
     def name(self, kernel: builder.Kernel) -> str:
-        return builder.variant_name(kernel.stable_abi(self.backend), self.compute)
+        return builder.variant_of(kernel, self.backend, self.compute)
 
     def steps(self, kernel: builder.Kernel) -> int:
         """Files to compile, and the link."""
+        if self.backend == builder.UNIVERSAL:
+            return 1
         sources = kernel.sources(self.backend)
         return sum(Path(source).suffix in (".cpp", ".cu") for source in sources) + 2
 
@@ -133,7 +136,7 @@ def release(archs: list[str], cudas: list[str], jobs: int, once: bool) -> None:
         print("what is not committed is not part of it")
     kernel = builder.Kernel.open(FIRST)
 
-    tasks = [Task("cpu", "cpu", [])]
+    tasks = [Task(builder.UNIVERSAL, builder.UNIVERSAL, []), Task("cpu", "cpu", [])]
     for cuda in cudas:
         nvcc = install_nvcc(cuda)
         tasks.append(Task("cuda", compute_of(cuda), ["--nvcc", str(nvcc), "--archs", *archs]))
@@ -152,9 +155,9 @@ def release(archs: list[str], cudas: list[str], jobs: int, once: bool) -> None:
             again = AGAIN / "build" / variant.name
             problems += [f"differs in {file}" for file in differences(variant, again)]
         failed |= bool(problems)
-        (library,) = variant.glob("*.so")
         verdict = "compliant" if once else "compliant, twice the same"
-        size = f"{library.stat().st_size / 1e6:.1f} MB"
+        size = sum(path.stat().st_size for path in variant.rglob("*") if path.is_file())
+        size = f"{size / 1e6:.1f} MB"
         print("\n  ".join([f"{variant.name}: {size}", *(problems or [verdict])]))
     if failed:
         raise builder.BuildError("not fit for publication, see above")

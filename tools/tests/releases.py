@@ -12,13 +12,14 @@ from tools import build as builder
 
 ROOT = builder.ROOT
 KERNEL = builder.Kernel.open(ROOT)
+BACKENDS = [*KERNEL.backends, builder.UNIVERSAL]
+INPUTS = {name for backend in BACKENDS for name in KERNEL.inputs(backend)} | {"build.toml"}
 VARIANTS = sorted(path.parent for path in ROOT.glob("build/*/metadata.json"))
 
 
 def copy_checkout(to: Path) -> builder.Kernel:
     """All that goes into a build, with its times, by which ninja knows what changed."""
-    sources = {source for backend in KERNEL.backends for source in KERNEL.sources(backend)}
-    for name in [*sources, *KERNEL.other_inputs]:
+    for name in INPUTS:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, to / name)
     return builder.Kernel.open(to)

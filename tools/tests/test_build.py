@@ -22,6 +22,7 @@ from tools import abi
 from tools import build as builder
 from tools.release import differences
 from tools.tests.releases import (
+    BACKENDS,
     KERNEL,
     ROOT,
     VARIANTS,
@@ -37,15 +38,15 @@ PACKAGE = ROOT / "torch-ext" / KERNEL.package
 
 each_backend = pytest.mark.parametrize("backend", KERNEL.backends)
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda path: path.name)
+NATIVE = [variant for variant in VARIANTS if variant.name != builder.UNIVERSAL_VARIANT]
+each_native_variant = pytest.mark.parametrize("variant", NATIVE, ids=lambda path: path.name)
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 each_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 each_module = pytest.mark.parametrize(
-    "module", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name
+    "module",
+    sorted([*PACKAGE.rglob("*.py"), *(ROOT / builder.UNIVERSAL).rglob("*.py")]),
+    ids=lambda path: path.name,
 )
-
-
-def backend_of(variant: Path) -> str:
-    return json.loads((variant / "metadata.json").read_text())["backend"]["type"]
 
 
 def library_of(variant: Path) -> Path:
@@ -235,8 +236,8 @@ def test_a_release_starts_with_every_source_that_changes() -> None:
     """The path filter of release.yml."""
     text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
     filters = re.findall(r"^      - (\S+)$", text, re.M)
-    inputs = {source for backend in KERNEL.backends for source in KERNEL.sources(backend)}
-    inputs |= {"flake.nix", "flake.lock", "CARD.md", *KERNEL.other_inputs}
+    inputs = {source for backend in KERNEL.backends for source in KERNEL.inputs(backend)}
+    inputs |= {"flake.nix", "flake.lock", "CARD.md"}
     for name in inputs:
         if not name.startswith("tools/"):  # of the local build
             assert any(fnmatch.fnmatch(name, pattern) for pattern in filters), name
@@ -262,7 +263,10 @@ def test_package_imports_itself_relatively_and_else_only_torch(module: Path) -> 
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [node.module]
         for name in names:
-            assert name.split(".")[0] in {"torch", *sys.stdlib_module_names}, name
+            known = {"torch", *sys.stdlib_module_names}
+            if module.name == "triton_kernels.py":  # imported where there is Triton
+                known |= {"triton"}
+            assert name.split(".")[0] in known, name
 
 
 def test_registrations_name_ops_in_the_namespace_of_the_build() -> None:
@@ -318,15 +322,20 @@ def test_something_was_built() -> None:
 def test_variant_is_of_these_sources(variant: Path) -> None:
     metadata = Metadata.read_from_file(variant / "metadata.json")
     archs = metadata.backend.archs or []
-    assert metadata.id == KERNEL.id(backend_of(variant), variant.name, archs)
-    assert library_of(variant).name == f"{metadata.id}.abi3.so"
+    assert metadata.id == KERNEL.id(builder.backend_of(variant), variant.name, archs)
+    if variant in NATIVE:
+        assert library_of(variant).name == f"{metadata.id}.abi3.so"
+    assert f"torch.ops.{metadata.id}\n" in read(variant, "_ops.py")
     metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
 
 
 @each_variant
 def test_variant_has_the_package(variant: Path) -> None:
-    for file in KERNEL.package_files:
-        assert (variant / file).read_bytes() == (PACKAGE / file).read_bytes()
+    sources = KERNEL.package_sources(builder.backend_of(variant))
+    for file, source in sources.items():
+        assert (variant / file).read_bytes() == (ROOT / source).read_bytes()
+    built = {str(path.relative_to(variant)) for path in variant.rglob("*.py")}
+    assert built == {*sources, "_ops.py"}
 
 
 @each_variant
@@ -338,7 +347,7 @@ def test_library_keeps_to_the_abis(variant: Path) -> None:
     assert violations == []
 
 
-@each_variant
+@each_native_variant
 def test_library_does_not_tell_where_it_was_built(variant: Path) -> None:
     content = library_of(variant).read_bytes()
     for path in (ROOT, builder.find_torch(KERNEL.stable_abi("cpu")), Path.home()):
@@ -347,7 +356,7 @@ def test_library_does_not_tell_where_it_was_built(variant: Path) -> None:
 
 @pytest.fixture
 def cpu_variant() -> Path:
-    (found,) = (variant for variant in VARIANTS if backend_of(variant) == "cpu")
+    (found,) = (variant for variant in VARIANTS if builder.backend_of(variant) == "cpu")
     return found
 
 
@@ -394,7 +403,7 @@ def test_metadata_tells_what_was_built(variant: Path) -> None:
     assert (metadata.version, metadata.license) == (general["version"], general["license"])
     assert metadata.name.python_name == KERNEL.package
     assert str(metadata.digest.algorithm) == "sha256"
-    assert (metadata.backend.archs is None) == (backend_of(variant) == "cpu")
+    assert (metadata.backend.archs is None) == (builder.backend_of(variant) != "cuda")
     archs = metadata.backend.archs or []
     assert archs == sorted(set(archs))
     for arch in archs:
@@ -411,6 +420,32 @@ def test_metadata_is_written_as_by_kernel_builder(variant: Path) -> None:
     keys = "name id version license upstream source python-depends kernel-depends backend digest"
     assert [key for key in json.loads(text) if key != "provenance"] == keys.split()
     assert json.loads(text)["kernel-depends"] == [] and text.endswith("}")
+
+
+def test_the_universal_variant_is_the_same_kernel() -> None:
+    """Its build.toml says of the kernel what the other says, but for which backend."""
+    native, universal = KERNEL.general("cpu"), KERNEL.general(builder.UNIVERSAL)
+    assert {**universal, "backends": native["backends"]} == native
+
+
+def test_the_schemas_of_both_are_one() -> None:
+    native = KERNEL_MODULE.native.ops
+    parsed = {}
+    for schema in KERNEL.schemas():
+        parsed[schema.split("(")[0]] = torch._C.parse_schema(f"{native.name}::{schema}")
+    assert len(parsed) == 4
+    for name, schema in parsed.items():
+        assert str(getattr(native, name).default._schema) == str(schema)
+
+
+def test_the_universal_variant_changes_with_its_own_sources(checkout: builder.Kernel) -> None:
+    """And the native ones do not."""
+    ids = {backend: checkout.id(backend, "variant", []) for backend in BACKENDS}
+    edit(checkout, f"universal/torch-ext/{KERNEL.package}/universal/pytorch.py")
+    changed = {
+        backend for backend in BACKENDS if checkout.id(backend, "variant", []) != ids[backend]
+    }
+    assert changed == {builder.UNIVERSAL}
 
 
 def test_archs_are_sorted_as_strings(

@@ -34,17 +34,19 @@ FOREIGN = [
     "torch-stable-abi210-cu139-x86_64-linux",
     "torch-stable-abi210-rocm72-x86_64-linux",
     "torch-stable-abi299-cpu-x86_64-linux",
-    "torch28-cxx11-cpu-x86_64-linux",
-    "torch28-cxx11-cu128-x86_64-linux",
+    "torch27-cxx11-cpu-x86_64-linux",
+    "torch27-cxx11-cu128-x86_64-linux",
 ]
 
 # For each call of a function of kernels: where the kernel came from and what it ran on, once its
 # output was found to be that of the float64 reference there; or what was raised.
 CONSUMER = """
-import json, sys
+import json, platform, sys
 from pathlib import Path
 import kernels, torch
 from cases import SMALL, assert_close, make_inputs
+
+exec(sys.argv[2])  # what makes this machine pass for another
 
 results = []
 for function, arguments in json.loads(sys.argv[1]):
@@ -118,10 +120,12 @@ def run(hub: Hub, home: Path, arguments: list, **environment: str) -> str:
     return done.stdout
 
 
-def consume(hub: Hub, home: Path, *calls: "tuple[str, dict]", **environment: str) -> list:
+def consume(
+    hub: Hub, home: Path, *calls: "tuple[str, dict]", machine: str = "", **environment: str
+) -> list:
     """What a fresh process gets from each call: the kernel's folder and devices, or the error."""
     calls = [(name, {"backend": BACKEND, **arguments}) for name, arguments in calls]
-    program = ["-c", CONSUMER, json.dumps(calls)]
+    program = ["-c", CONSUMER, json.dumps(calls), machine]
     return json.loads(run(hub, home, program, **environment).splitlines()[-1])
 
 
@@ -160,6 +164,30 @@ def test_the_variant_of_this_environment_is_fetched_and_runs(hub: Hub, tmp_path:
     fetched = {r.split("/build/")[1].split("/")[0] for r in hub.requests if "/resolve/" in r}
     assert fetched == {VARIANT}
     assert sum(r.startswith("GET ") and library in r for r in hub.requests) == 2
+
+
+MACHINES = {
+    "rocm": "torch.version.cuda, torch.version.hip = None, '7.9.1'",
+    "xpu": "torch.version.cuda, torch.version.xpu = None, '20990100'",
+    "metal": "torch.version.cuda, torch.backends.mps.is_available = None, lambda: True",
+    "windows": "platform.system = lambda: 'Windows'",
+    "torch_2_8": "torch.__version__ = '2.8.0'",
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_no_native_variant_serves_gets_the_universal_one(
+    hub: Hub, tmp_path: Path, machine: str
+) -> None:
+    """Here the machine passes for another where the loader asks. It computes on the CPU, on which
+    the universal variant gives the right answer, too."""
+    if not any(variant.name == builder.UNIVERSAL_VARIANT for variant in VARIANTS):
+        pytest.skip("no torch-universal: python tools/build.py --backend universal")
+    (result,) = consume(
+        hub, tmp_path, get(backend=None), machine=MACHINES[machine], CUDA_VISIBLE_DEVICES=""
+    )
+    assert isinstance(result, list), result
+    assert Path(result[0]).name == builder.UNIVERSAL_VARIANT
 
 
 def test_locked_then_loaded_offline(hub: Hub, tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ def local_files(kernel: builder.Kernel) -> "dict[str, bytes]":
 
 
 def first_variant(kernel: builder.Kernel) -> Path:
-    return publish.find_variants(kernel.root)[0]
+    """The first with a library."""
+    variants = publish.find_variants(kernel.root)
+    return next(v for v in variants if v.name != builder.UNIVERSAL_VARIANT)
 
 
 # ------------------------------------------------------------------------------------- what arrives
@@ -118,6 +120,24 @@ def test_what_a_variant_no_longer_has_is_deleted(hub: Hub, changed: builder.Kern
     run(changed)
     expected = {**local_files(changed), **stays, ".gitattributes": b""}
     assert repository.files("v1") == expected
+
+
+def test_one_build_does_not_remove_the_variants_of_another(
+    hub: Hub, changed: builder.Kernel
+) -> None:
+    """The universal variant is built apart from what kernel-builder builds."""
+    everything = local_files(changed)
+    variants = publish.find_variants(changed.root)
+    run(changed)
+    for variant in variants:  # each published alone
+        for other in variants:
+            if other != variant:
+                other.rename(changed.root / other.name)
+        run(changed)
+        assert hub.repositories[REPO_ID].files("v1") == {**everything, ".gitattributes": b""}
+        for other in variants:
+            if other != variant:
+                (changed.root / other.name).rename(other)
 
 
 def test_a_new_version_has_no_build_of_main(hub: Hub, release: builder.Kernel) -> None:
@@ -239,8 +259,9 @@ def spoil_provenance(variant: Path) -> None:
 def test_a_release_that_is_not_fit_is_refused(
     hub: Hub, changed: builder.Kernel, spoil, message: str
 ) -> None:
-    for variant in publish.find_variants(changed.root)[1:]:
-        shutil.rmtree(variant)
+    for variant in publish.find_variants(changed.root):
+        if variant != first_variant(changed):
+            shutil.rmtree(variant)
     spoil(first_variant(changed))
     error = refused(changed)
     assert re.search(message, error, re.S), error
@@ -252,6 +273,10 @@ def make_whole(kernel: builder.Kernel) -> None:
     original = first_variant(kernel)
     for name, archs in release_tool.matrix(kernel).items():
         backend = "cuda" if archs else "cpu"
+        if name == builder.UNIVERSAL_VARIANT:
+            if not (kernel.root / "build" / name).is_dir():
+                pytest.skip("no torch-universal: python tools/build.py --backend universal")
+            continue
         copy = kernel.root / "build" / name
         if copy != original:
             shutil.rmtree(copy, ignore_errors=True)
@@ -273,7 +298,9 @@ def test_a_release_in_part_is_refused(hub: Hub, changed: builder.Kernel) -> None
     """One variant is missing, another was built for fewer architectures."""
     make_whole(changed)
     variants = {
-        variant.name.split("-")[3]: variant for variant in publish.find_variants(changed.root)
+        variant.name.split("-")[3]: variant
+        for variant in publish.find_variants(changed.root)
+        if variant.name != builder.UNIVERSAL_VARIANT
     }
     archs = release_tool.matrix(changed)[variants["cu130"].name][:-2]
     id = changed.id("cuda", variants["cu130"].name, archs)
