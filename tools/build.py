@@ -124,14 +124,7 @@ class Kernel:
     @classmethod
     def open(cls, root: Path) -> "Kernel":
         """Reads and checks ``root``/build.toml and that its files exist."""
-        from kernels._rust import Build
-
-        for file in ("build.toml", f"{UNIVERSAL}/build.toml"):
-            try:
-                Build.open((root / file).parent)
-            except ValueError as error:
-                raise BuildError(f"{file}: {error}") from error
-        kernel = cls(root, tomllib.loads((root / "build.toml").read_text()))
+        kernel = cls(root, read_build_toml(root))
         for backend in kernel.backends:
             for source in kernel.sources(backend):
                 if not (root / source).is_file():
@@ -172,7 +165,7 @@ class Kernel:
         """What build.toml says of the kernel as a whole."""
         if backend != UNIVERSAL:
             return self.config["general"]
-        return tomllib.loads((self.root / UNIVERSAL / "build.toml").read_text())["general"]
+        return read_build_toml(self.root, UNIVERSAL)["general"]
 
     def schemas(self) -> list[str]:
         """Those of the ops, from the native library's definition."""
@@ -213,6 +206,17 @@ class Kernel:
             content = (self.root / name).read_bytes()
             digest.update(f"{name} {len(content)} ".encode() + content)
         return f"_{self.package}_{backend}_{digest.hexdigest()[:10]}"
+
+
+def read_build_toml(root: Path, folder: str = ".") -> dict:
+    """That of a folder below the root, once kernels has checked it."""
+    from kernels._rust import Build
+
+    try:
+        Build.open(root / folder)
+    except ValueError as error:
+        raise BuildError(f"{Path(folder) / 'build.toml'}: {error}") from error
+    return tomllib.loads((root / folder / "build.toml").read_text())
 
 
 def variant_name(stable_abi: tuple[int, int], compute: str, system: str = SYSTEM) -> str:
