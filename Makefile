@@ -23,7 +23,7 @@ export LOCAL_KERNELS := $(shell sed -n 's/^repo-id = "\(.*\)"/\1/p' build.toml)=
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: bench
 bench: build ## compare with the eager implementations on this machine
@@ -39,7 +39,11 @@ guard: build ## fail if the CPU kernel has become much slower beside grid_sample
 	  --impls deformable_detr --relative-to grid_sample --threshold 2.5
 
 .PHONY: test
-test: build ## run the test suite
+test: build ## run the tests, less those marked slow
+	$(PYTHON) -m pytest tests tools/tests benchmarks/tests -m "not slow" $(ARGS)
+
+.PHONY: test-all
+test-all: build ## run all tests
 	$(PYTHON) -m pytest tests tools/tests benchmarks/tests $(ARGS)
 
 .PHONY: fuzz
@@ -51,9 +55,10 @@ build: $(ENVIRONMENT) ## build this machine's variants into build/
 	$(PYTHON) tools/build.py $(if $(filter build,$(MAKECMDGOALS)),$(ARGS))
 
 .PHONY: lint
-lint: $(ENVIRONMENT) ## check the style of Python and native code
+lint: $(ENVIRONMENT) ## check the style of Python and native code, and the package's types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy torch-ext/deformable_detr
 	$(PYTHON) -c 'import clang_format as c; c.clang_format()' --dry-run -Werror $(NATIVE)
 
 .PHONY: release

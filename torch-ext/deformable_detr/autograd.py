@@ -10,15 +10,15 @@ A call takes one of four routes:
 """
 
 import sys
-from typing import Optional, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 
 from . import portable, private
-from .operations import Forward, Operation, eager_function
+from .operations import Forward, Operation, Options, Tensors, eager_function
 
 
-def call(operation: Operation, tensors: Tuple, options: Tuple, by_op: bool = False):
+def call(operation: Operation, tensors: Tensors, options: Options, by_op: bool = False) -> Any:
     """The result of ``operation``, with whatever gradients and transforms the caller wants.
 
     by_op: whether a call of the op itself comes here, to have its gradients recorded.
@@ -53,7 +53,7 @@ def call(operation: Operation, tensors: Tuple, options: Tuple, by_op: bool = Fal
         raise clearer from error
 
 
-def _call_transformed(operation, tensors, options):
+def _call_transformed(operation: Operation, tensors: Tensors, options: Options) -> Any:
     if private.is_tracing():
         return operation.op(*tensors, *options)
     try:
@@ -65,7 +65,7 @@ def _call_transformed(operation, tensors, options):
         return operation.op(*tensors, *options)
 
 
-def _has_unknown_tensors(tensors) -> bool:
+def _has_unknown_tensors(tensors: Tensors) -> bool:
     """Whether there are DTensors, and sharding.py, which has the rules for them, is not loaded."""
     dtensors = sys.modules.get("torch.distributed.tensor")
     if dtensors is None or f"{__package__}.sharding" in sys.modules:
@@ -73,7 +73,7 @@ def _has_unknown_tensors(tensors) -> bool:
     return any(isinstance(tensor, dtensors.DTensor) for tensor in tensors)
 
 
-def _name_the_argument(operation, tensors) -> Optional[RuntimeError]:
+def _name_the_argument(operation: Operation, tensors: Tensors) -> Optional[RuntimeError]:
     """An error with the argument's name, for a call that PyTorch refused without giving it."""
     for name, tensor in zip(operation.tensors, tensors):
         if tensor is None:
@@ -94,7 +94,9 @@ def _name_the_argument(operation, tensors) -> Optional[RuntimeError]:
     return None
 
 
-def gradients(ctx, grad_outputs, first):
+def gradients(
+    ctx: Any, grad_outputs: Sequence[torch.Tensor], first: int
+) -> Tuple[Optional[torch.Tensor], ...]:
     """The gradient of each input of a call, or None where it is not needed.
 
     Args:
@@ -104,6 +106,7 @@ def gradients(ctx, grad_outputs, first):
     """
     operation, options = ctx.call
     needs = ctx.needs_input_grad
+    positions: Sequence[int]
     if isinstance(operation, Forward):
         backward, positions = operation.backward, operation.differentiable
         wanted = backward.request(needs[first:], torch.are_deterministic_algorithms_enabled())
@@ -112,7 +115,7 @@ def gradients(ctx, grad_outputs, first):
         positions = [position for position in operation.differentiable if needs[first + position]]
         function, inputs = eager_function(operation, ctx.saved_tensors, options, positions)
         found = torch.func.vjp(function, *inputs)[1](tuple(grad_outputs))
-    grads = [None] * len(needs)
+    grads: List[Optional[torch.Tensor]] = [None] * len(needs)
     for position, grad in zip(positions, found):
         if needs[first + position]:
             grads[first + position] = grad
@@ -123,14 +126,14 @@ class Recorded(torch.autograd.Function):
     """A call outside of transforms that records its gradients."""
 
     @staticmethod
-    def forward(ctx, call, *tensors):
+    def forward(ctx: Any, call: Tuple[Any, Options], *tensors: torch.Tensor) -> Any:
         ctx.call = operation, options = call
         ctx.save_for_backward(*tensors)
         with private.below_autograd():
             return operation.op(*tensors, *options)
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         return gradients(ctx, grad_outputs, first=1)
 
 
@@ -144,13 +147,13 @@ class Transformed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(call, *tensors):
+    def forward(call: Tuple[Any, Options], *tensors: torch.Tensor) -> Any:
         operation, options = call
         with private.below_autograd():
             return operation.op(*tensors, *options)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
         ctx.call, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -158,24 +161,33 @@ class Transformed(torch.autograd.Function):
     backward = Recorded.backward
 
     @staticmethod
-    def jvp(ctx, _, *tangents):
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
         operation, options = ctx.call
         positions = [i for i in operation.differentiable if tangents[i] is not None]
         function, primals = eager_function(operation, ctx.saved_tensors, options, positions)
         # The pullback is linear, and its transpose multiplies tangents by the Jacobian. (Levels of
         # torch.autograd.forward_ad do not nest, so that torch.func.jvp is of no use inside one.)
-        outputs, pullback = torch.func.vjp(function, *primals)
+        outputs, pullback = torch.func.vjp(function, *primals)  # type: ignore[misc]
         zeros = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
-        _, transposed = torch.func.vjp(pullback, zeros)
+        _, transposed = torch.func.vjp(pullback, zeros)  # type: ignore[misc]
         return transposed(tuple(tangents[i] for i in positions))[0]
 
     @staticmethod
-    def vmap(info, in_dims, call_, *tensors):
+    def vmap(
+        info: Any, in_dims: Tuple[Any, ...], call_: Tuple[Any, Options], *tensors: torch.Tensor
+    ) -> Any:
         operation, options = call_
         return over_problems(operation, call, info, in_dims[1:], tensors, options)
 
 
-def over_problems(operation, function, info, in_dims, tensors, options):
+def over_problems(
+    operation: Operation,
+    function: Callable[..., Any],
+    info: Any,
+    in_dims: Tuple[Any, ...],
+    tensors: Tensors,
+    options: Options,
+) -> Tuple[Any, Any]:
     """vmap's rule: ``function(operation, tensors, options)`` for many problems, as one batch.
 
     Args:
@@ -184,9 +196,9 @@ def over_problems(operation, function, info, in_dims, tensors, options):
     Returns:
         The results, and for each the dimension of the problems.
     """
-    problems = info.batch_size
+    problems: int = info.batch_size
 
-    def move(tensor, dim):
+    def move(tensor: Any, dim: Optional[int]) -> Any:
         if dim is None:
             return tensor.expand(problems, *tensor.shape)
         return tensor.movedim(dim, 0)
@@ -202,7 +214,7 @@ def over_problems(operation, function, info, in_dims, tensors, options):
         tensors[position] = tensors[position].flatten(0, 1)
     results = function(operation, tuple(tensors), options)
 
-    def unfold(result):
+    def unfold(result: Any) -> Any:
         return result.unflatten(0, (problems, result.shape[0] // problems if problems else batch))
 
     if isinstance(results, torch.Tensor):

@@ -72,7 +72,8 @@ def ms_deform_attn(
         sampling_locations,
         attention_weights,
     )
-    return call(PLAIN, tensors, (points_per_level, _is_nearest(method)))
+    output: torch.Tensor = call(PLAIN, tensors, (points_per_level, _is_nearest(method)))
+    return output
 
 
 def fused_ms_deform_attn(
@@ -125,7 +126,9 @@ def fused_ms_deform_attn(
         sampling_offsets,
         attention_logits,
     )
-    return call(FUSED, tensors, (points_per_level, _is_nearest(method), offset_scale))
+    options = points_per_level, _is_nearest(method), offset_scale
+    output: torch.Tensor = call(FUSED, tensors, options)
+    return output
 
 
 def _is_nearest(method: str) -> bool:
@@ -164,7 +167,8 @@ def ms_deform_attn_forward(
     so any batch size works.
     """
     tensors = (value, spatial_shapes, level_start_index, sampling_loc, attn_weight)
-    return call(PLAIN, tensors, PLAIN.defaults)
+    output: torch.Tensor = call(PLAIN, tensors, PLAIN.defaults)
+    return output
 
 
 @also_named(**OF_EXTENSIONS)

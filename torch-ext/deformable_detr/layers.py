@@ -35,13 +35,14 @@ class MultiScaleDeformableAttention(nn.Module):
         im2col_step: int,
     ) -> torch.Tensor:
         if torch.jit.is_scripting():  # of Python, TorchScript takes only what it can compile
-            return ops.ms_deform_attn_forward(
+            output: torch.Tensor = ops.ms_deform_attn_forward(
                 value,
                 value_spatial_shapes,
                 level_start_index,
                 sampling_locations,
                 attention_weights,
             )
+            return output
         if private.is_exporting():  # sizes in a list stay symbolic, a tensor may fix them
             return ms_deform_attn_list(
                 value, value_spatial_shapes_list, sampling_locations, attention_weights

@@ -1,6 +1,6 @@
 """The operator for callers that hold the levels' sizes as a list, and no level_start_index."""
 
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -8,6 +8,8 @@ from . import portable
 from .functional import ms_deform_attn
 
 Sizes = Union[torch.Tensor, Sequence[Tuple[int, int]]]
+_Sizes = Tuple[Tuple[int, int], ...]
+_Tensors = Tuple[torch.Tensor, torch.Tensor]
 
 
 def ms_deform_attn_list(
@@ -56,9 +58,11 @@ def ms_deform_attn_list(
             )
     if sampling_locations.dim() == 6 and attention_weights.dim() == 4:
         attention_weights = attention_weights.unflatten(-1, sampling_locations.shape[3:5])
+    shapes, starts = level_tensors(spatial_shapes, value.device)
     return ms_deform_attn(
         value,
-        *level_tensors(spatial_shapes, value.device),
+        shapes,
+        starts,
         sampling_locations,
         attention_weights,
         points_per_level=points_per_level,
@@ -66,7 +70,7 @@ def ms_deform_attn_list(
     )
 
 
-def level_tensors(spatial_shapes: Sizes, device: torch.device):
+def level_tensors(spatial_shapes: Sizes, device: torch.device) -> Tuple[Any, Any]:
     """``spatial_shapes`` and ``level_start_index`` as the operators take them.
 
     A list's tensors are made once per (sizes, device) and kept, so that a model whose image size
@@ -97,7 +101,7 @@ def level_tensors(spatial_shapes: Sizes, device: torch.device):
     return _keep(sizes, device)
 
 
-def _as_tuple(spatial_shapes):
+def _as_tuple(spatial_shapes: Sequence[Any]) -> Any:
     """Hashable: ((height, width), ...). An int() of a SymInt would fix the size in a trace."""
     if len(spatial_shapes) == 0:
         raise ValueError("spatial_shapes is empty, expected [(height, width), ...], one a level")
@@ -109,7 +113,7 @@ def _as_tuple(spatial_shapes):
     return tuple(sizes)
 
 
-def _starts(sizes):
+def _starts(sizes: _Sizes) -> List[int]:
     starts, end = [], 0
     for height, width in sizes:
         starts.append(end)
@@ -117,10 +121,10 @@ def _starts(sizes):
     return starts
 
 
-def _fill(sizes, device):
+def _fill(sizes: _Sizes, device: torch.device) -> _Tensors:
     """By fills alone, which take symbolic sizes and which a CUDA graph can capture."""
 
-    def filled(numbers):
+    def filled(numbers: Sequence[int]) -> torch.Tensor:
         return torch.cat([torch.full((1,), x, dtype=torch.int64, device=device) for x in numbers])
 
     return filled([x for size in sizes for x in size]).view(-1, 2), filled(_starts(sizes))
@@ -144,11 +148,11 @@ def _factories_are_plain() -> bool:
 # The tensors of the first _MOST sizes, for ever: a captured CUDA graph holds an entry's address but
 # no reference to it, and another stream may still read what would be freed. An entry takes 1 kB of
 # GPU memory, and a model sees one for each image size. Those of later sizes are made at each call.
-_kept = {}
+_kept: Dict[Tuple[_Sizes, torch.device], _Tensors] = {}
 _MOST = 4096
 
 
-def _keep(sizes, device):
+def _keep(sizes: _Sizes, device: torch.device) -> _Tensors:
     levels = _kept.get((sizes, device))
     if levels is not None:
         return levels

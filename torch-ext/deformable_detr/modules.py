@@ -4,7 +4,7 @@ Apart from ``layers``, whose classes hold nothing: kernels copies their forward 
 """
 
 import math
-from typing import List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ class MSDeformAttn(nn.Module):
         points_per_level: Optional[List[int]] = None,
         method: str = "bilinear",
         offset_scale: float = 0.5,
-    ):
+    ) -> None:
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"d_model is {d_model}, expected a multiple of n_heads, {n_heads}")
@@ -68,7 +68,7 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Head i looks in direction 360 / heads * i, its point j of a level j + 1 pixels away.
 
         Wherever the query is, and with equal weights: the layers that predict them begin as zeros.
@@ -140,23 +140,23 @@ class MSDeformAttn(nn.Module):
         )
 
 
-def _drop_scales(module, state_dict, prefix, *_):
+def _drop_scales(module: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
     """RT-DETRv2's buffer of one over the points of a level, which the operator computes itself."""
     for name in ("n_points_scale", "num_points_scale"):
         state_dict.pop(prefix + name, None)
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     reference_points: torch.Tensor,
     pixels: torch.Tensor,
-    levels: tuple,
+    levels: Tuple[torch.Tensor, torch.Tensor],
     padding_mask: Optional[torch.Tensor],
     points_per_level: Optional[List[int]],
     method: str,
     offset_scale: float,
-):
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """The body of a deformable attention, on the layers of any module that names them so.
 
     Args:
@@ -173,16 +173,17 @@ def attend(
     value = module.value_proj(pixels) if projects else pixels
     if padding_mask is not None:
         value = value.masked_fill(padding_mask[..., None], 0.0)
-    if points_per_level is None:
-        points = module.n_levels, module.n_points
-    else:
+    points: Tuple[int, ...] = (module.n_levels, module.n_points)
+    if points_per_level is not None:
         points = (sum(points_per_level),)
     logits = module.attention_weights(query).unflatten(-1, (module.n_heads, *points))
     if reference_points.shape[0] != query.shape[0]:
         reference_points = reference_points.expand(query.shape[0], -1, -1, -1)
+    spatial_shapes, level_start_index = levels
     output = fused_ms_deform_attn(
         value.unflatten(-1, (module.n_heads, -1)),
-        *levels,
+        spatial_shapes,
+        level_start_index,
         reference_points,
         module.sampling_offsets(query).unflatten(-1, (module.n_heads, *points, 2)),
         logits,

@@ -1,14 +1,17 @@
 """Other names of arguments."""
 
 import functools
+from typing import Any, Callable, TypeVar, cast
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def also_named(**others):
+def also_named(**others: str) -> Callable[[Function], Function]:
     """A decorator: arguments may be given by these names as well, each to the argument it names."""
 
-    def decorate(function):
+    def decorate(function: Function) -> Function:
         @functools.wraps(function)
-        def renamed(*args, **kwargs):
+        def renamed(*args: Any, **kwargs: Any) -> Any:
             for name in others.keys() & kwargs.keys():
                 if others[name] in kwargs:
                     raise TypeError(
@@ -17,7 +20,7 @@ def also_named(**others):
                 kwargs[others[name]] = kwargs.pop(name)
             return function(*args, **kwargs)
 
-        return renamed
+        return cast(Function, renamed)
 
     return decorate
 

@@ -4,12 +4,15 @@ An ``Operation`` is a native op together with the eager definition of what it co
 the same tensors and options; the op takes them as one list of arguments, tensors first.
 """
 
-from typing import Callable, Tuple
+from typing import Any, Callable, List, Sequence, Tuple
 
 import torch
 
 from . import reference
 from .native import add_op_namespace_prefix, ops
+
+Tensors = Sequence[torch.Tensor]
+Options = Tuple[Any, ...]
 
 
 class Operation:
@@ -23,7 +26,7 @@ class Operation:
         defaults: the options that stand for those that a call of the op leaves out.
     """
 
-    def __init__(self, name: str, tensors: Tuple[str, ...], defaults: Tuple):
+    def __init__(self, name: str, tensors: Tuple[str, ...], defaults: Options):
         self.op = getattr(ops, name).default
         self.op_name, self.name = name, add_op_namespace_prefix(name)
         self.tensors = tensors
@@ -32,7 +35,7 @@ class Operation:
         integers = ("spatial_shapes", "level_start_index")
         self.differentiable = tuple(i for i, x in enumerate(tensors) if x not in integers)
 
-    def split(self, args):
+    def split(self, args: Tuple[Any, ...]) -> Tuple[Tuple[Any, ...], Options]:
         """The tensors among the op's arguments, and all options."""
         count = len(self.tensors)
         return args[:count], (*args[count:], *self.defaults[len(args) - count :])
@@ -41,12 +44,14 @@ class Operation:
 class Forward(Operation):
     """An operator. Its options are points_per_level, nearest, and, if fused, offset_scale."""
 
-    def __init__(self, definition: Callable, tensors: Tuple[str, ...], *scale: float):
+    def __init__(
+        self, definition: Callable[..., torch.Tensor], tensors: Tuple[str, ...], *scale: float
+    ):
         super().__init__(f"{definition.__name__}_forward", tensors, (None, False, *scale))
         self.definition = definition
         self.backward = Backward(self)
 
-    def eager(self, tensors, options):
+    def eager(self, tensors: Tensors, options: Options) -> torch.Tensor:
         points_per_level, nearest, *scale = options
         return self.definition(
             *tensors,
@@ -72,19 +77,19 @@ class Backward(Operation):
             (*forward.defaults, *self.request((True,) * len(forward.tensors), False)),
         )
 
-    def request(self, needs, deterministic):
+    def request(self, needs: Sequence[bool], deterministic: bool) -> Tuple[bool, ...]:
         """The options that ask for the gradients of the operator's tensors whose flag is set. Those
         of locations and weights, or of offsets and logits, come together."""
         reference = (needs[3],) if self.is_fused else ()
         weights = self.forward.weights
         return (*reference, deterministic, needs[0], needs[weights - 1] or needs[weights])
 
-    def requested(self, options):
+    def requested(self, options: Options) -> Tuple[bool, ...]:
         """A flag for each gradient: whether a call with these options computes it."""
         *reference, _, value, points = options[len(self.forward.defaults) :]
         return (value, *reference, points, points)
 
-    def eager(self, tensors, options):
+    def eager(self, tensors: Tensors, options: Options) -> Tuple[torch.Tensor, ...]:
         *tensors, grad_output = tensors
         requested = self.requested(options)
         positions = [i for i, asked in zip(self.forward.differentiable, requested) if asked]
@@ -94,10 +99,12 @@ class Backward(Operation):
         return tuple(next(grads) if asked else grad_output.new_zeros(0) for asked in requested)
 
 
-def eager_function(operation, tensors, options, positions):
+def eager_function(
+    operation: Any, tensors: Tensors, options: Options, positions: Sequence[int]
+) -> Tuple[Callable[..., Any], List[torch.Tensor]]:
     """``operation.eager`` as a function of the tensors at ``positions``, and those tensors."""
 
-    def function(*some):
+    def function(*some: torch.Tensor) -> Any:
         replaced = list(tensors)
         for position, tensor in zip(positions, some):
             replaced[position] = tensor

@@ -5,7 +5,7 @@ has as GridSample, and sizes may be symbolic.
 """
 
 import inspect
-from typing import Callable, Dict
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from torch.nn import functional as F
@@ -20,12 +20,12 @@ def in_onnx_export() -> bool:
 
 
 @torch.compiler.assume_constant_result  # Dynamo takes torch's own function for False
-def _exporter_runs():
+def _exporter_runs() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
 @torch.compiler.assume_constant_result
-def _refuse_old_opsets():
+def _refuse_old_opsets() -> None:
     """torch.onnx.export exports for a newer opset if it cannot convert, and only logs that."""
     frame = inspect.currentframe()
     while frame is not None:
@@ -36,7 +36,7 @@ def _refuse_old_opsets():
         frame = frame.f_back
 
 
-def decompositions() -> Dict[object, Callable]:
+def decompositions() -> Dict[object, Callable[..., Any]]:
     """A table for ``ExportedProgram.run_decompositions``, which puts PyTorch's operators in place.
 
         table = torch.export.default_decompositions()
@@ -53,14 +53,14 @@ def decompositions() -> Dict[object, Callable]:
 
 
 def ms_deform_attn(
-    value,
-    spatial_shapes,
-    level_start_index,
-    sampling_locations,
-    attention_weights,
-    points_per_level=None,
-    nearest=False,
-):
+    value: torch.Tensor,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+    points_per_level: Optional[List[int]] = None,
+    nearest: bool = False,
+) -> torch.Tensor:
     """The op ``ms_deform_attn_forward``, which ``functional.ms_deform_attn`` describes.
 
     Args:
@@ -94,7 +94,7 @@ def ms_deform_attn(
     # (batch * heads, queries, points, 2) and (batch * heads, 1, queries, points) of each level.
     grids = (2 * sampling_locations.float() - 1).transpose(1, 2).flatten(0, 1)
     weights = attention_weights.float().transpose(1, 2).flatten(0, 1).unsqueeze(1)
-    output = 0
+    output: Any = 0
     for (height, width), start, grid, weight in zip(
         _as_integers(spatial_shapes),
         _as_integers(level_start_index),
@@ -111,21 +111,21 @@ def ms_deform_attn(
         )
         samples = F.grid_sample(level, grid, align_corners=False)
         output = output + (samples * weight).sum(-1)
-    output = output.reshape(batch, heads * channels, queries).transpose(1, 2)
-    return output.to(value.dtype)
+    result: torch.Tensor = output.reshape(batch, heads * channels, queries).transpose(1, 2)
+    return result.to(value.dtype)
 
 
 def fused_ms_deform_attn(
-    value,
-    spatial_shapes,
-    level_start_index,
-    reference_points,
-    sampling_offsets,
-    attention_logits,
-    points_per_level,
-    nearest,
-    offset_scale,
-):
+    value: torch.Tensor,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    reference_points: torch.Tensor,
+    sampling_offsets: torch.Tensor,
+    attention_logits: torch.Tensor,
+    points_per_level: Optional[List[int]],
+    nearest: bool,
+    offset_scale: float,
+) -> torch.Tensor:
     """The op ``fused_ms_deform_attn_forward``; levels as for ``ms_deform_attn``."""
     shape = attention_logits.shape
     if points_per_level is None:
@@ -156,11 +156,11 @@ def fused_ms_deform_attn(
     )
 
 
-def _as_integers(numbers):
+def _as_integers(numbers: Any) -> Any:
     return numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
 
 
-def _as_tensor(numbers, like):
+def _as_tensor(numbers: Any, like: torch.Tensor) -> torch.Tensor:
     if isinstance(numbers, torch.Tensor):
         return numbers
     flat = [x for size in numbers for x in (size if isinstance(size, tuple) else (size,))]

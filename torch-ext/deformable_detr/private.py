@@ -6,6 +6,7 @@ calls go the way of calls under transforms, which is right for every call.
 
 import contextlib
 from types import SimpleNamespace
+from typing import Any, Callable, Type
 
 import torch
 from torch.autograd import forward_ad
@@ -20,7 +21,7 @@ is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 # Has _current_level, which is at least 0 inside torch.autograd.forward_ad.dual_level().
-dual_levels = forward_ad
+dual_levels: Any = forward_ad
 if not hasattr(forward_ad, "_current_level"):
     dual_levels = SimpleNamespace(_current_level=0)
 
@@ -31,7 +32,7 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _is_dead = getattr(torch._C._functorch, "is_dead_tensor_wrapper", None)
 
 
-def fast_apply(function):
+def fast_apply(function: Type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` for calls outside of transforms, some 3 us faster with torch up to 2.13.
 
     There, torch.autograd.Function.apply is Python. Outside of transforms it calls that of its base
@@ -39,9 +40,9 @@ def fast_apply(function):
     """
     if _is_dead is None or "apply" not in vars(torch.autograd.Function):
         return function.apply
-    direct = super(torch.autograd.Function, function).apply
+    direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    def apply(call, *tensors):
+    def apply(call: Any, *tensors: torch.Tensor) -> Any:
         try:
             slow = any(map(_is_dead, tensors))
         except TypeError:  # one is no tensor, which the op will say

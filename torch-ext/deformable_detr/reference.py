@@ -5,7 +5,7 @@ which there is no kernel are derivatives of these functions. They are meant to b
 rather than fast. They run on any device, and autograd, torch.func and compilers can trace them.
 """
 
-from typing import List, Optional
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -104,11 +104,18 @@ def fused_ms_deform_attn(
     return _sample(value, spatial_shapes, level_start_index, pixels, weights, method)
 
 
-def _compute_dtype(value):
+def _compute_dtype(value: torch.Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def _sample(value, spatial_shapes, level_start_index, pixels, weights, method):
+def _sample(
+    value: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    level_start_index: torch.Tensor,
+    pixels: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    method: str,
+) -> torch.Tensor:
     """The operator from each level's pixels, (batch, queries, heads, points, 2), and weights."""
     batch, _, heads, channels = value.shape
     queries = pixels[0].shape[1]
@@ -137,7 +144,9 @@ def _sample(value, spatial_shapes, level_start_index, pixels, weights, method):
     return output.transpose(1, 2).flatten(2).to(value.dtype)
 
 
-def _corners(x, y, height, width, method):
+def _corners(
+    x: torch.Tensor, y: torch.Tensor, height: torch.Tensor, width: torch.Tensor, method: str
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The pixels that contribute to a sample at pixel (x, y): (row, column, corner weight)."""
     left, top = x.floor(), y.floor()
     if method == "nearest":

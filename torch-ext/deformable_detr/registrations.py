@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import Any, Callable, Tuple
 
 import torch
 from torch.utils import flop_counter
@@ -9,15 +10,15 @@ from torch.utils import flop_counter
 from . import private
 from .autograd import call, gradients, over_problems
 from .native import add_op_namespace_prefix, ops
-from .operations import FUSED, PLAIN
+from .operations import FUSED, PLAIN, Backward, Operation, Options, Tensors
 
 # ------------------------------------------------------------------------------------------ fakes
 
 
-def _register_fake(operation, results):
+def _register_fake(operation: Operation, results: Callable[..., Any]) -> None:
     """results: of the tensors and the options of a call."""
 
-    def fake(*args):
+    def fake(*args: Any) -> Any:
         tensors, options = operation.split(args)
         value = tensors[0]
         # One tensor on "meta" is enough to come here, with the others on a device that the caller
@@ -32,13 +33,13 @@ def _register_fake(operation, results):
     torch.library.register_fake(add_op_namespace_prefix(operation.op_name), fake)
 
 
-def _output(operation, tensors, options):
+def _output(operation: Operation, tensors: Tensors, options: Options) -> torch.Tensor:
     value, weights = tensors[0], tensors[operation.weights]
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, weights.shape[1], heads * channels)
 
 
-def _gradients(operation, tensors, options):
+def _gradients(operation: Backward, tensors: Tensors, options: Options) -> Tuple[torch.Tensor, ...]:
     asked = operation.requested(options)
     inputs = [tensors[position] for position in operation.forward.differentiable]
     return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, asked))
@@ -47,16 +48,17 @@ def _gradients(operation, tensors, options):
 # ------------------------------------------------------------------------------- autograd and vmap
 
 
-def _register_autograd(operation):
+def _register_autograd(operation: Operation) -> None:
     """For calls of the op that did not come from ``autograd.call``: those of compiled, exported and
     scripted programs."""
     if private.below_autograd is contextlib.nullcontext:
         _register_autograd_publicly(operation)
         return
 
-    def kernel(*args):
+    def kernel(*args: Any) -> Any:
         try:
-            return call(operation, *operation.split(args), by_op=True)
+            tensors, options = operation.split(args)
+            return call(operation, tensors, options, by_op=True)
         except NotImplementedError as error:
             if private.transforms_active():
                 raise NotImplementedError(
@@ -71,13 +73,13 @@ def _register_autograd(operation):
     ops.libraries.append(library)
 
 
-def _register_autograd_publicly(operation):
-    def setup_context(ctx, inputs, output):
+def _register_autograd_publicly(operation: Operation) -> None:
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
         tensors, options = operation.split(inputs)
         ctx.call = operation, options
         ctx.save_for_backward(*tensors)
 
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         return gradients(ctx, grad_outputs, first=0)
 
     torch.library.register_autograd(
@@ -85,30 +87,30 @@ def _register_autograd_publicly(operation):
     )
 
 
-def _register_vmap(operation):
+def _register_vmap(operation: Operation) -> None:
     if not hasattr(torch.library, "register_vmap"):  # of torch 2.5
         return
 
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: Tuple[Any, ...], *args: Any) -> Any:
         return over_problems(operation, _call_op, info, in_dims, *operation.split(args))
 
     torch.library.register_vmap(add_op_namespace_prefix(operation.op_name), vmap)
 
 
-def _call_op(operation, tensors, options):
+def _call_op(operation: Operation, tensors: Tensors, options: Options) -> Any:
     return operation.op(*tensors, *options)
 
 
 # ------------------------------------------------------------------------------------------- FLOPs
 
 
-def _register_flops(operation, per_corner):
+def _register_flops(operation: Operation, per_corner: Callable[[Options], int]) -> None:
     """Tells FlopCounterMode of the op: ``per_corner(options)`` operations for each channel of each
     corner of each sample. A bilinear sample has four corners, a nearest one has one. What does not
     grow with the number of channels (locations, corner weights, softmax) is not counted.
     """
 
-    def flops(*shapes, out_shape=None):
+    def flops(*shapes: Any, out_shape: Any = None) -> Any:
         (value, *_), options = operation.split(shapes)
         samples = math.prod(shapes[operation.weights])
         return per_corner(options) * (1 if options[1] else 4) * samples * value[3]
@@ -118,8 +120,8 @@ def _register_flops(operation, per_corner):
         flop_counter.register_flop_formula(packet)(flops)
 
 
-def _flops_of_gradients(operation):
-    def per_corner(options):
+def _flops_of_gradients(operation: Backward) -> Callable[[Options], int]:
+    def per_corner(options: Options) -> int:
         value, *points = operation.requested(options)
         return 2 * value + 2 * any(points)
 
@@ -129,7 +131,7 @@ def _flops_of_gradients(operation):
 # ---------------------------------------------------------------------------------- registrations
 
 
-def _register():
+def _register() -> None:
     ops.libraries = []
     for operator in (PLAIN, FUSED):
         _register_fake(operator, _output)

@@ -3,17 +3,20 @@
 Imported for the first DTensor, and by torch.compile: torch.distributed.tensor takes a second.
 """
 
+from typing import Any, Callable, List, Sequence, Tuple
+
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
+from torch.distributed.tensor.placement_types import Placement
 
-from .operations import FUSED, PLAIN
+from .operations import FUSED, PLAIN, Backward, Operation, Options
 
 _SHARDINGS = ("none", "batch", "heads")
 _WITHOUT_BATCH = ("spatial_shapes", "level_start_index")
 _WITHOUT_HEADS = (*_WITHOUT_BATCH, "reference_points")
 
 
-def _placement(name, sharding):
+def _placement(name: str, sharding: str) -> Placement:
     """Of a tensor. The heads are dimension 2, of grad_output and the output with the channels."""
     if sharding == "batch" and name not in _WITHOUT_BATCH:
         return Shard(0)
@@ -22,12 +25,12 @@ def _placement(name, sharding):
     return Replicate()
 
 
-def _output(operation, sharding, options):
+def _output(operation: Operation, sharding: str, options: Options) -> List[Placement]:
     return [_placement("output", sharding)]
 
 
-def _gradients(operation, sharding, options):
-    def placement(position, requested):
+def _gradients(operation: Backward, sharding: str, options: Options) -> List[Placement]:
+    def placement(position: int, requested: bool) -> Placement:
         name = operation.tensors[position]
         if not requested:
             return Replicate()  # of shape (0,)
@@ -38,7 +41,7 @@ def _gradients(operation, sharding, options):
     return list(map(placement, operation.forward.differentiable, operation.requested(options)))
 
 
-def _sharding(operation, specs, dim):
+def _sharding(operation: Operation, specs: Sequence[Any], dim: int) -> str:
     """How a dimension of the mesh shards the tensors. Raises if it does so in any other way."""
     placements = {name: spec.placements[dim] for name, spec in zip(operation.tensors, specs)}
     for name, placement in placements.items():
@@ -58,8 +61,8 @@ def _sharding(operation, specs, dim):
     )
 
 
-def _register(operation, results):
-    def rule(*args):
+def _register(operation: Operation, results: Callable[..., List[Placement]]) -> None:
+    def rule(*args: Any) -> List[Tuple[List[Placement], List[Any]]]:
         specs, options = operation.split(args)
         mesh, heads = specs[0].mesh, specs[0].shape[2]
         shardings = [_sharding(operation, specs, dim) for dim in range(mesh.ndim)]

@@ -5,6 +5,9 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
 
 from .. import functional
 from ..names import OF_EXTENSIONS, also_named
@@ -39,7 +42,8 @@ def replace_extensions() -> patches.Replacement:
         RuntimeError: a module has imported the functions of a target by their names, where they
             cannot be replaced any more; the message names both.
     """
-    replacements, names = [], []
+    replacements: List[Tuple[Any, str, Any]] = []
+    names: List[str] = []
     for target in TARGETS:
         module = patches.original(sys.modules, target)
         if module is None:
@@ -55,24 +59,24 @@ def replace_extensions() -> patches.Replacement:
 
 @also_named(**OF_EXTENSIONS)
 def ms_deform_attn_backward(
-    value,
-    spatial_shapes,
-    level_start_index,
-    sampling_loc,
-    attn_weight,
-    grad_output,
-    *rest,
-    im2col_step=64,
-    grad_value=None,
-    grad_sampling_loc=None,
-    grad_attn_weight=None,
-):
+    value: torch.Tensor,
+    spatial_shapes: torch.Tensor,
+    level_start_index: torch.Tensor,
+    sampling_loc: torch.Tensor,
+    attn_weight: torch.Tensor,
+    grad_output: torch.Tensor,
+    *rest: Any,
+    im2col_step: int = 64,
+    grad_value: Optional[torch.Tensor] = None,
+    grad_sampling_loc: Optional[torch.Tensor] = None,
+    grad_attn_weight: Optional[torch.Tensor] = None,
+) -> Optional[List[torch.Tensor]]:
     """``functional.ms_deform_attn_backward`` in either convention.
 
     After grad_output come im2col_step or nothing, and the gradients are returned; or three tensors
     and im2col_step or nothing, and the gradients are written into these.
     """
-    written = (grad_value, grad_sampling_loc, grad_attn_weight)
+    written: Tuple[Any, ...] = (grad_value, grad_sampling_loc, grad_attn_weight)
     if len(rest) in (3, 4):
         if any(tensor is not None for tensor in written):
             raise TypeError("ms_deform_attn_backward got its gradients by position and by name")
@@ -101,13 +105,13 @@ def ms_deform_attn_backward(
     return None
 
 
-_FUNCTIONS = {
+_FUNCTIONS: Dict[str, Callable[..., Any]] = {
     "ms_deform_attn_forward": functional.ms_deform_attn_forward,
     "ms_deform_attn_backward": ms_deform_attn_backward,
 }
 
 
-def _refuse_if_bound(target, name, function):
+def _refuse_if_bound(target: str, name: str, function: Any) -> None:
     """An attribute of the module can be replaced, but not what others hold of its functions."""
     if function is None or getattr(function, "__module__", None) == functional.__name__:
         return  # missing, or the module is this kernel
@@ -121,13 +125,13 @@ def _refuse_if_bound(target, name, function):
 
 
 @functools.cache
-def _stand_in(target):
+def _stand_in(target: str) -> types.ModuleType:
     """A module with the two functions; the rest it takes from the extension, once it is asked."""
     module = types.ModuleType(target, "deformable-detr's functions, in the place of an extension's")
     module.__spec__ = importlib.machinery.ModuleSpec(target, None)
     vars(module).update(_FUNCTIONS)
 
-    def rest(name):
+    def rest(name: str) -> Any:
         if name.startswith("__"):  # the import system asks for some
             raise AttributeError(name)
         extension = _load(target)
@@ -138,14 +142,15 @@ def _stand_in(target):
             )
         return getattr(extension, name)
 
-    module.__getattr__ = rest
+    vars(module)["__getattr__"] = rest
     return module
 
 
 @functools.cache
-def _load(target):
+def _load(target: str) -> Optional[types.ModuleType]:
     """The extension itself, beside the stand-in that has its name; None where there is none."""
     package = target.rpartition(".")[0]
+    path: Any
     if package in sys.modules:
         path = sys.modules[package].__path__
     else:
@@ -154,7 +159,7 @@ def _load(target):
         if package and path is None:
             return None
     spec = importlib.machinery.PathFinder.find_spec(target, path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         return None
     shown = sys.modules.get(target)
     module = importlib.util.module_from_spec(spec)

@@ -3,12 +3,12 @@
 import importlib
 import inspect
 from types import ModuleType
-from typing import Union
+from typing import Any, Optional, Sequence, Union
 
 import torch
 
 from ..layers import METHODS
-from ..levels import ms_deform_attn_list
+from ..levels import Sizes, ms_deform_attn_list
 from . import patches
 
 
@@ -55,12 +55,12 @@ def replace_function(module: Union[ModuleType, str], name: str) -> patches.Repla
 
 
 def _points_apart(
-    value,
-    value_spatial_shapes,
-    sampling_locations,
-    attention_weights,
-    value_spatial_shapes_hw=None,
-):
+    value: Any,
+    value_spatial_shapes: Sizes,
+    sampling_locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+    value_spatial_shapes_hw: Optional[Sizes] = None,
+) -> torch.Tensor:
     """RT-DETR, Deformable-DETR and mmcv; LW-DETR and RF-DETR, whose weights are flat and whose
     value has its pixels last."""
     return ms_deform_attn_list(
@@ -73,14 +73,14 @@ def _points_apart(
 
 
 def _points_in_a_row(
-    value,
-    value_spatial_shapes,
-    sampling_locations,
-    attention_weights,
-    num_points_list,
-    method="default",
-    value_shape=None,
-):
+    value: Any,
+    value_spatial_shapes: Sizes,
+    sampling_locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+    num_points_list: Sequence[int],
+    method: str = "default",
+    value_shape: Any = None,
+) -> torch.Tensor:
     """RT-DETRv2; D-FINE, whose value is a tuple of the levels' with their pixels last."""
     return ms_deform_attn_list(
         value,

@@ -9,7 +9,7 @@ names of their options and in what a mask means.
 import functools
 import inspect
 from collections import namedtuple
-from typing import FrozenSet, NamedTuple, Optional
+from typing import Any, Callable, FrozenSet, Iterator, NamedTuple, Optional, Set, Tuple
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class Family(NamedTuple):
     mask_marks_padding: bool = False  # else attention_mask marks what to keep
 
     @property
-    def attributes(self):
+    def attributes(self) -> Set[str]:
         options = (self.points_per_level, self.method, self.offset_scale)
         projections = ("value_proj", "output_proj") if self.projects else ()
         own = ("n_heads", "n_levels", "n_points", "sampling_offsets", "attention_weights")
@@ -96,7 +96,7 @@ _WEIGHTS_ALWAYS = {
 }
 
 
-def difference(name: str, forward, module: nn.Module) -> Optional[str]:
+def difference(name: str, forward: Callable[..., Any], module: nn.Module) -> Optional[str]:
     """How a class of this name differs from the one of the releases known, if it does.
 
     Args:
@@ -118,13 +118,13 @@ def difference(name: str, forward, module: nn.Module) -> Optional[str]:
     return None
 
 
-def fused_forward(name: str, forward):
+def fused_forward(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     """What takes the place of forward in the class of this name."""
     family, always = FAMILIES[name], name in _WEIGHTS_ALWAYS
     parameters = list(inspect.signature(forward).parameters)[1:]
 
     @functools.wraps(forward)
-    def fused(self, *args, **kwargs):
+    def fused(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(parameters, args))
         output, logits = _attend(self, family, **kwargs)
         # A compiler drops weights that nobody uses.
@@ -135,7 +135,7 @@ def fused_forward(name: str, forward):
     return fused
 
 
-def call(self, *args, **kwargs):
+def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What takes the place of nn.Module.__call__ in a class with fused_forward.
 
     Between forward and here are the hooks, by which transformers records attention weights.
@@ -145,22 +145,22 @@ def call(self, *args, **kwargs):
 
 
 def _attend(
-    module,
-    family,
+    module: nn.Module,
+    family: Family,
     *,
-    hidden_states,
-    encoder_hidden_states,
-    reference_points,
-    attention_mask=None,
-    position_embeddings=None,
-    spatial_shapes=None,
-    spatial_shapes_list=None,
-    level_start_index=None,
-    **_,
-):
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    reference_points: torch.Tensor,
+    attention_mask: Optional[torch.Tensor] = None,
+    position_embeddings: Optional[torch.Tensor] = None,
+    spatial_shapes: Any = None,
+    spatial_shapes_list: Any = None,
+    level_start_index: Optional[torch.Tensor] = None,
+    **_: Any,
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """The attention's output and its logits."""
 
-    def option(name, default):
+    def option(name: Optional[str], default: Any) -> Any:
         return default if name is None else getattr(module, name)
 
     pixels = encoder_hidden_states.shape[1]
@@ -174,7 +174,7 @@ def _attend(
     given = spatial_shapes is not None and level_start_index is not None
     # In an export, sizes in a list stay symbolic, where a tensor may fix them.
     if given and not (private.is_exporting() and spatial_shapes_list is not None):
-        levels = spatial_shapes, level_start_index
+        levels: Tuple[Any, Any] = (spatial_shapes, level_start_index)
     else:
         sizes = spatial_shapes if spatial_shapes_list is None else spatial_shapes_list
         levels = level_tensors(sizes, hidden_states.device)
@@ -196,7 +196,7 @@ def _attend(
     )
 
 
-def _weights(logits):
+def _weights(logits: torch.Tensor) -> torch.Tensor:
     """The softmax over all points of a (batch, query, head)."""
     return logits.flatten(3).softmax(-1).view_as(logits)
 
@@ -209,29 +209,30 @@ class _Attended(namedtuple("_Attended", ("output", "attention_weights"))):
     hook has looked at. Looks like a pair, also to pytree, which takes a named tuple apart.
     """
 
-    _logits = _computed = None
+    _logits: Optional[torch.Tensor] = None
+    _computed: Optional[torch.Tensor] = None
 
     @classmethod
-    def of(cls, output, logits):
+    def of(cls, output: torch.Tensor, logits: torch.Tensor) -> "_Attended":
         pair = cls(output, None)
         pair._logits = logits
         return pair
 
-    def as_looked_at(self):
+    def as_looked_at(self) -> Tuple[Any, Any]:
         output, weights = super().__iter__()
         return output, weights if self._computed is None else self._computed
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if index == 0:
             return super().__getitem__(0)
         if self._logits is not None:
             self._computed, self._logits = _weights(self._logits), None
         return self.as_looked_at()[index]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         return iter(self[:])
 
-    def __add__(self, other):
+    def __add__(self, other: Any) -> Any:
         return self[:] + other
 
     attention_weights = property(lambda self: self[1])

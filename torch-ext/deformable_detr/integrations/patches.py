@@ -1,10 +1,11 @@
 """Attributes of classes, and names of modules, that are replaced for a time."""
 
 import threading
+from typing import Any, Dict, Iterable, List, Tuple
 
 _ABSENT = object()
 _lock = threading.Lock()
-_places = {}  # by (id of the owner, name)
+_places: Dict[Tuple[int, str], "_Place"] = {}  # by (id of the owner, name)
 
 
 class Replacement:
@@ -20,31 +21,33 @@ class Replacement:
         names: what is replaced, in words for the user.
     """
 
-    def __init__(self, replacements, names=()):
+    def __init__(
+        self, replacements: Iterable[Tuple[Any, str, Any]], names: Iterable[str] = ()
+    ) -> None:
         self.names = list(names)
-        self._entries = []
+        self._entries: List[_Entry] = []
         with _lock:
             for owner, name, replacement in replacements:
                 self._entries.append(_Entry(owner, name, replacement))
 
-    def undo(self):
+    def undo(self) -> None:
         """Puts back what was there; a second call does nothing."""
         with _lock:
             while self._entries:
                 self._entries.pop().end()
 
-    def __enter__(self):
+    def __enter__(self) -> "Replacement":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.undo()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         state = "replaced" if self._entries else "undone"
         return f"<{', '.join(self.names)} {state} by deformable-detr>"
 
 
-def original(owner, name, default=None):
+def original(owner: Any, name: str, default: Any = None) -> Any:
     """What the owner itself (a class: without its bases) has where nothing is replaced."""
     with _lock:
         place = _places.get((id(owner), name))
@@ -55,13 +58,13 @@ def original(owner, name, default=None):
 class _Entry:
     """One replacement of one attribute."""
 
-    def __init__(self, owner, name, replacement):
+    def __init__(self, owner: Any, name: str, replacement: Any) -> None:
         self.replacement = replacement
         self.place = _places.setdefault((id(owner), name), _Place(owner, name))
         self.place.entries.append(self)
         self.place.apply()
 
-    def end(self):
+    def end(self) -> None:
         self.place.entries.remove(self)
         self.place.apply()
 
@@ -69,12 +72,12 @@ class _Entry:
 class _Place:
     """An attribute, what it was, and the entries that replace it, the last one made last."""
 
-    def __init__(self, owner, name):
+    def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name  # the reference keeps the owner's id its own
         self.original = _own(owner, name)
-        self.entries = []
+        self.entries: List[_Entry] = []
 
-    def apply(self):
+    def apply(self) -> None:
         value = self.entries[-1].replacement if self.entries else self.original
         if isinstance(self.owner, dict):
             if value is _ABSENT:
@@ -89,5 +92,5 @@ class _Place:
             del _places[id(self.owner), self.name]
 
 
-def _own(owner, name):
+def _own(owner: Any, name: str) -> Any:
     return (owner if isinstance(owner, dict) else vars(owner)).get(name, _ABSENT)

@@ -8,6 +8,7 @@ in which RT-DETRv2, D-FINE, DEIMv2, Mask2Former and OneFormer sample.
 import inspect
 import warnings
 from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, Type
 
 import torch
 
@@ -20,7 +21,7 @@ from . import fused, patches
 
 
 @contextmanager
-def use_in_transformers(model: torch.nn.Module, *, fuse: bool = True):
+def use_in_transformers(model: torch.nn.Module, *, fuse: bool = True) -> Iterator[torch.nn.Module]:
     """Runs ``model`` on this kernel while the context is entered, forward and backward.
 
         with kernel.integrations.use_in_transformers(model):
@@ -65,7 +66,7 @@ _LAYER = MultiScaleDeformableAttention.__name__
 
 
 # By their names in the models' modules.
-_FUNCTIONS = {
+_FUNCTIONS: Dict[str, Callable[..., Any]] = {
     "multi_scale_deformable_attention": MultiScaleDeformableAttentionList().forward,
     "multi_scale_deformable_attention_v2": MultiScaleDeformableAttentionV2().forward,
 }
@@ -73,12 +74,12 @@ _FUNCTIONS = {
 _KEPT_AS = "ms_deformable_attn_core"
 
 
-def _samplers(model, fuse):
+def _samplers(model: torch.nn.Module, fuse: bool) -> List[Tuple[Any, str, Any]]:
     """(owner, name, replacement) for each place where the classes of model sample."""
-    found = {}
-    sampling = {}  # what samples, by the file it is in
+    found: Dict[Tuple[int, str], Tuple[Any, str, Any]] = {}
+    sampling: Dict[str, str] = {}  # what samples, by the file it is in
 
-    def replace(owner, name, replacement):
+    def replace(owner: Any, name: str, replacement: Any) -> None:
         found[id(owner), name] = owner, name, replacement
 
     classes = [_Class(cls, model) for cls in {type(module) for module in model.modules()}]
@@ -127,7 +128,7 @@ def _samplers(model, fuse):
 class _Class:
     """A class of a model's modules: which base has its forward, and where that finds functions."""
 
-    def __init__(self, own, model):
+    def __init__(self, own: Type[torch.nn.Module], model: torch.nn.Module) -> None:
         self.own = own
         self.instances = [module for module in model.modules() if type(module) is own]
         self.keeps = any(_KEPT_AS in vars(module) for module in self.instances)
@@ -139,32 +140,32 @@ class _Class:
         self.file = self.namespace.get("__name__", "")
 
 
-_warned = set()
+_warned: Set[str] = set()
 
 
-def _warn_once(name, why):
+def _warn_once(name: str, why: str) -> None:
     if name not in _warned:
         _warned.add(name)
         warnings.warn(f"{name} only samples on this kernel, it is not fused: {why}", stacklevel=5)
 
 
-def _shown_instead(original, replacement):
+def _shown_instead(original: Any, replacement: Any) -> property:
     """A property that shows replacement where an instance keeps original, which it goes on keeping.
 
     A property of the class goes before an attribute of the instance.
     """
 
-    def show(instance):
+    def show(instance: Any) -> Any:
         kept = vars(instance)[_KEPT_AS]
         return replacement if kept is original else kept
 
-    def keep(instance, value):
+    def keep(instance: Any, value: Any) -> None:
         vars(instance)[_KEPT_AS] = value
 
     return property(show, keep)
 
 
-def _check_parameters(function, replacement):
+def _check_parameters(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
     takes, expected = (list(inspect.signature(f).parameters) for f in (function, replacement))
     if takes != expected:
         raise ValueError(
