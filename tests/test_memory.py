@@ -1,6 +1,6 @@
 """Level metadata on a GPU that describes no value: no access outside of any tensor.
 
-tools/sanitize.py has the same for outputs, which an operator allocates itself.
+For outputs, which an operator allocates itself, see `python tools/sanitize.py memcheck`.
 """
 
 import random

@@ -3,7 +3,6 @@
     python tools/sanitize.py                        # CPU: data races
     python tools/sanitize.py address,undefined      # CPU: memory and undefined behaviour
     python tools/sanitize.py memcheck               # GPU; also racecheck, initcheck, synccheck
-    python tools/sanitize.py guards                 # GPU: each tensor between zones of NaN
     python tools/sanitize.py none                   # CPU, none: a quick test of the kernels alone
     python tools/sanitize.py address --emulate      # the GPU's kernels on the CPU; 12 minutes
     CXX=aarch64-linux-gnu-g++ python tools/sanitize.py none --emulator qemu-aarch64  # another CPU
@@ -153,8 +152,6 @@ def run_emulated(program: Path, sanitizer: str) -> bool:
 
 def run_on_gpu(program: Path, tool: str) -> bool:
     print(f"{tool}: ", end="", flush=True)
-    if tool == "guards":
-        return subprocess.run([program, "guards"]).returncode == 0
     sanitizer = CudaToolkit.find().nvcc.parent / "compute-sanitizer"
     command = [sanitizer, "--tool", tool, "--error-exitcode", "2", program]
     return subprocess.run(command).returncode == 0
@@ -171,7 +168,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         on_gpu = args.gpu_program or Path(folder) / "sanitize-cuda"
         for sanitizer in args.sanitizer:
-            if sanitizer in [*GPU_TOOLS, "guards"]:
+            if sanitizer in GPU_TOOLS:
                 if not on_gpu.exists():
                     compile_for_gpu(on_gpu)
                 ok &= run_on_gpu(on_gpu, sanitizer)
