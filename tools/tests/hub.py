@@ -1,8 +1,7 @@
 """A stand-in for the Hub on this machine: kernel repositories over HTTP, kept in memory.
 
-It answers what huggingface_hub and kernels ask to create, fill, list and read kernel repositories:
-branches, commits with large files, pull requests, trees, refs and files with ranges. It can be told
-to fail. What it knows of git is that a commit is a set of files.
+It answers what huggingface_hub and kernels ask to create, fill, list and read a kernel repository,
+and it can be told to fail. What it knows of git is that a commit is a set of files.
 """
 
 import base64
@@ -12,38 +11,39 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_test"
+REPO = r"(\w[\w.-]*/[\w.-]+)"
+ROUTES = []  # (pattern of "GET /path", function)
 
 
-def sha1(*parts: bytes) -> str:
-    return hashlib.sha1(b"\0".join(parts)).hexdigest()
-
-
-@dataclass
 class Repository:
-    commits: dict = field(default_factory=dict)  # commit: {path: content}
-    refs: dict = field(default_factory=dict)  # refs/heads/main: commit
-    large: set = field(default_factory=set)  # paths that were committed as large files
+    def __init__(self, files: "dict[str, bytes]", branch: str = "main"):
+        self.commits, self.refs, self.large = {}, {}, set()
+        self.commit(branch, files)
 
-    def commit(self, ref: str, files: "dict[str, bytes]") -> str:
-        before = self.refs.get(ref, "")
-        listing = "".join(f"{path} {sha1(content)}\n" for path, content in sorted(files.items()))
-        commit = sha1(before.encode(), ref.encode(), listing.encode())
-        self.commits[commit] = dict(files)
-        self.refs[ref] = commit
+    def commit(self, branch: str, files: "dict[str, bytes]") -> str:
+        listing = repr((branch, self.refs.get(branch), sorted(files.items())))
+        commit = hashlib.sha1(listing.encode()).hexdigest()
+        self.commits[commit], self.refs[branch] = dict(files), commit
         return commit
 
-    def find(self, revision: str) -> "str | None":
+    def find(self, revision: str) -> str:
         """The commit of a branch, a full ref or a commit."""
-        for ref in (f"refs/heads/{revision}", revision):
-            if ref in self.refs:
-                return self.refs[ref]
-        return revision if revision in self.commits else None
+        found = self.refs.get(revision.removeprefix("refs/heads/"), revision)
+        if found not in self.commits:
+            raise Refusal(404, f"there is no revision {revision}", "RevisionNotFound")
+        return found
 
     def files(self, revision: str) -> "dict[str, bytes]":
         return self.commits[self.find(revision)]
+
+    def oid(self, path: str, content: bytes) -> str:
+        """What huggingface_hub compares with: the sha256 of large files, else git's."""
+        if path in self.large:
+            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass
@@ -52,291 +52,193 @@ class Fault:
 
     request: str  # a regular expression of "GET /path"
     status: int = 500
-    bytes_sent: "int | None" = None  # for a body that breaks off
-    shortened_to: "int | None" = None  # for a body that ends early and does not say so
+    sent: "int | None" = None  # of the body's bytes, before the connection breaks off
     times: float = float("inf")
 
 
+class Refusal(Exception):
+    """Its arguments: the status, the message and huggingface_hub's code."""
+
+
+@dataclass
 class Hub:
     """``with Hub() as hub``: serves at ``hub.url`` until the end of the block."""
 
-    def __init__(self):
-        self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}  # large files by their sha256
-        self.trusted: set[str] = set()  # organisations whose kernels need no consent
-        self.forbidden: set[str] = set()  # organisations that the token may not write to
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+    repositories: dict = field(default_factory=dict)
+    objects: dict = field(default_factory=dict)  # large files by their sha256
+    faults: list = field(default_factory=list)
+    requests: list = field(default_factory=list)
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        handler = type("Handler", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+        self.server.shutdown()
+        self.server.server_close()
 
-    def environment(self, home) -> "dict[str, str]":
-        """What makes a process use this Hub, with a cache of its own."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
 
-    def fault_for(self, request: str) -> "Fault | None":
-        for fault in self.faults:
-            if fault.times > 0 and re.search(fault.request, request):
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self):
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        request = f"{self.command} {unquote(urlsplit(self.path).path)}"
+        self.hub.requests.append(request)
+        matching = (f for f in self.hub.faults if f.times > 0 and re.search(f.request, request))
+        fault = next(matching, None)
+        try:
+            if fault is not None:
                 fault.times -= 1
-                return fault
-        return None
+                if fault.sent is None:
+                    raise Refusal(fault.status, "the stand-in was told to fail", "")
+            status, content, headers = self.find_answer(request)
+        except Refusal as refusal:
+            status, message, code = refusal.args
+            content, headers = {}, {"X-Error-Message": message, "X-Error-Code": code}
+        if not isinstance(content, bytes):
+            content = json.dumps(content).encode()
+            headers["Content-Type"] = "application/json"
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[: fault.sent if fault else None])
+        self.close_connection = fault is not None
 
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
-class Refusal(Exception):
-    def __init__(self, status: int, message: str, code: "str | None" = None):
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-
-
-def _handler_of(hub: Hub) -> type:
-    routes = _routes(hub)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_):
-            pass
-
-        def answer(self):
-            path = unquote(urlsplit(self.path).path)
-            query = parse_qs(urlsplit(self.path).query)
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            request = f"{self.command} {path}"
-            hub.requests.append(request)
-            fault = hub.fault_for(request)
-            try:
-                if fault is not None and fault.bytes_sent == fault.shortened_to:
-                    raise Refusal(fault.status, "the stand-in was told to fail")
-                for pattern, function in routes:
-                    match = re.fullmatch(pattern, request)
-                    if match is not None:
-                        reply = function(self, *match.groups(), query=query, body=body)
-                        break
-                else:
-                    raise Refusal(404, f"the stand-in does not know {request}")
-            except Refusal as refusal:
-                headers = {"X-Error-Message": refusal.message}
-                headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
-                self.reply(refusal.status, {"error": refusal.message}, headers)
-                return
-            status, content, headers = reply if isinstance(reply, tuple) else (200, reply, {})
-            if fault is None:
-                self.reply(status, content, headers)
-            else:
-                content = content[: fault.shortened_to]
-                self.reply(status, content, headers, fault.bytes_sent)
-
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
-
-        def reply(self, status, content, headers, bytes_sent=None):
-            if not isinstance(content, bytes):
-                content = json.dumps(content).encode()
-                headers = {"Content-Type": "application/json", **headers}
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content[:bytes_sent])
-            self.close_connection = bytes_sent is not None
-
-        def need_token(self, repo_id):
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                raise Refusal(401, "Invalid credentials")
-            if repo_id.split("/")[0] in hub.forbidden:
-                raise Refusal(403, f"you may not write to {repo_id}")
-
-    return Handler
-
-
-def _repository(hub: Hub, repo_id: str) -> Repository:
-    if repo_id not in hub.repositories:
-        raise Refusal(404, f"there is no {repo_id}", "RepoNotFound")
-    return hub.repositories[repo_id]
-
-
-def _commit(repository: Repository, revision: str) -> str:
-    commit = repository.find(revision)
-    if commit is None:
-        raise Refusal(404, f"there is no revision {revision}", "RevisionNotFound")
-    return commit
-
-
-def _oid(repository: Repository, path: str, content: bytes) -> str:
-    """What huggingface_hub compares with: the sha256 of large files, else git's."""
-    if path in repository.large:
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def _routes(hub: Hub) -> list:
-    repo = r"(\w[\w.-]*/[\w.-]+)"
-
-    def organization(handler, name, **_):
-        overview = {"name": name, "fullname": name, "avatarUrl": ""}
-        return {**overview, "trustedKernelPublisher": name in hub.trusted}
-
-    def create(handler, *, body, **_):
-        wanted = json.loads(body)
-        repo_id = f"{wanted['organization']}/{wanted['name']}"
-        handler.need_token(repo_id)
-        assert wanted["type"] == "kernel"
-        if repo_id in hub.repositories:
-            raise Refusal(409, "You already created this kernel repo")
-        hub.repositories[repo_id] = Repository()
-        hub.repositories[repo_id].commit("refs/heads/main", {".gitattributes": b""})
-        return {"url": f"{hub.url}/kernels/{repo_id}", "name": repo_id}
-
-    def branch(handler, repo_id, name, **_):
-        handler.need_token(repo_id)
-        refs = _repository(hub, repo_id).refs
-        if handler.command == "DELETE":
-            del refs[f"refs/heads/{name}"]
-        elif f"refs/heads/{name}" in refs:
-            raise Refusal(409, f"branch {name} exists")
-        else:
-            refs[f"refs/heads/{name}"] = refs["refs/heads/main"]
-        return {}
-
-    def refs(handler, repo_id, **_):
-        listing = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
-        for ref, commit in _repository(hub, repo_id).refs.items():
-            kind = "branches" if ref.startswith("refs/heads/") else "pullRequests"
-            name = ref.split("/", 2)[2]
-            listing[kind].append({"name": name, "ref": ref, "targetCommit": commit})
-        return listing
-
-    def info(handler, repo_id, revision, **_):
-        repository = _repository(hub, repo_id)
-        commit = _commit(repository, revision)
-        siblings = [{"rfilename": path} for path in sorted(repository.commits[commit])]
-        return {"_id": "0", "id": repo_id, "sha": commit, "siblings": siblings}
-
-    def tree(handler, repo_id, where, *, query, **_):
-        repository = _repository(hub, repo_id)
-        parts = where.split("/")
-        # A full ref holds slashes itself: refs/heads/v1.
-        size = 3 if parts[0] == "refs" else 1
-        files = repository.commits[_commit(repository, "/".join(parts[:size]))]
-        folder = "".join(f"{part}/" for part in parts[size:])
-        recursive = query.get("recursive") in (["true"], ["True"], ["1"])
-        entries = {}
-        for path, content in sorted(files.items()):
-            if not path.startswith(folder):
+    def find_answer(self, request):
+        for pattern, function in ROUTES:
+            match = re.fullmatch(pattern, request)
+            if match is None:
                 continue
-            inner = path[len(folder) :].split("/")
-            for depth in range(1, len(inner) if recursive else min(2, len(inner))):
-                above = folder + "/".join(inner[:depth])
-                entries[above] = {"type": "directory", "oid": sha1(above.encode()), "size": 0}
-            if recursive or len(inner) == 1:
-                entries[path] = {"type": "file", "size": len(content)}
-                entries[path]["oid"] = _oid(repository, path, content)
-        if folder and not entries:
-            raise Refusal(404, f"there is no {folder}", "EntryNotFound")
-        return [{"path": path, **entry} for path, entry in entries.items()]
+            groups = list(match.groups())
+            if REPO in pattern:
+                if groups[0] not in self.hub.repositories:
+                    raise Refusal(404, f"there is no {groups[0]}", "RepoNotFound")
+                groups[0] = self.hub.repositories[groups[0]]
+            if self.command not in ("GET", "HEAD", "PUT") and "validate" not in pattern:
+                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    raise Refusal(401, "Invalid credentials", "")
+            found = function(self, *groups)
+            return found if isinstance(found, tuple) else (200, found, {})
+        raise Refusal(404, f"the stand-in does not know {request}", "")
 
-    def resolve(handler, repo_id, revision, path, **_):
-        repository = _repository(hub, repo_id)
-        commit = _commit(repository, revision)
-        if path not in repository.commits[commit]:
-            raise Refusal(404, f"there is no {path}", "EntryNotFound")
-        content = repository.commits[commit][path]
-        headers = {"ETag": f'"{_oid(repository, path, content)}"', "X-Repo-Commit": commit}
-        start = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-        if start is None:
-            return 200, content, headers
-        first = int(start[1])
-        headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        return 206, content[first:], headers
 
-    def preupload(handler, repo_id, revision, *, body, **_):
-        handler.need_token(repo_id)
-        repository = _repository(hub, repo_id)
-        there = repository.commits[_commit(repository, revision)]
-        files = []
-        for file in json.loads(body)["files"]:
-            path = file["path"]
-            large = path.endswith(".so")
-            repository.large |= {path} if large else set()
-            entry = {"path": path, "uploadMode": "lfs" if large else "regular"}
-            if path in there:
-                entry["oid"] = _oid(repository, path, there[path])
-            files.append({**entry, "shouldIgnore": False})
-        return {"files": files}
+def route(pattern: str):
+    return lambda function: ROUTES.append((pattern, function))
 
-    def large_files(handler, repo_id, *, body, **_):
-        handler.need_token(repo_id)
-        wanted = []
-        for entry in json.loads(body)["objects"]:
-            if entry["oid"] not in hub.objects:
-                upload = {"href": f"{hub.url}/objects/{entry['oid']}"}
-                entry = {**entry, "actions": {"upload": upload}}
-            wanted.append(entry)
-        return {"transfer": "basic", "objects": wanted}
 
-    def store(handler, oid, *, body, **_):
-        if hashlib.sha256(body).hexdigest() != oid:
-            raise Refusal(400, f"the object is not {oid}")
-        hub.objects[oid] = body
-        return {}
+@route(r"POST /api/validate-yaml")
+def validate_yaml(request):
+    return {"errors": [], "warnings": []}
 
-    def commit(handler, repo_id, revision, *, query, body, **_):
-        handler.need_token(repo_id)
-        repository = _repository(hub, repo_id)
-        before = _commit(repository, revision)
-        files = dict(repository.commits[before])
-        for line in body.splitlines():
-            operation = json.loads(line)
-            key, value = operation["key"], operation["value"]
-            if key == "header":
-                if value.get("parentCommit", before) != before:
-                    raise Refusal(412, "the branch has moved")
-            elif key == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif key == "lfsFile":
-                files[value["path"]] = hub.objects[value["oid"]]
-            elif key == "deletedFile":
-                del files[value["path"]]
-            else:
-                raise Refusal(400, f"the stand-in does not know {key}")
-        result = {}
-        ref = f"refs/heads/{revision}"
-        if query.get("create_pr"):
-            number = 1 + sum(name.startswith("refs/pr/") for name in repository.refs)
-            ref = f"refs/pr/{number}"
-            result["pullRequestUrl"] = f"{hub.url}/kernels/{repo_id}/discussions/{number}"
-        oid = repository.commit(ref, files)
-        return {
-            "commitOid": oid,
-            "commitUrl": f"{hub.url}/kernels/{repo_id}/commit/{oid}",
-            **result,
-        }
 
-    def validate_yaml(handler, *, body, **_):
-        front = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.S)
-        if front is None or "license:" not in front[1]:
-            return 400, {"errors": [{"message": "no license"}], "warnings": []}, {}
-        return {"errors": [], "warnings": []}
+@route(r"POST /api/repos/create")
+def create(request):
+    wanted = json.loads(request.body)
+    repo_id = f"{wanted['organization']}/{wanted['name']}"
+    request.hub.repositories[repo_id] = Repository({".gitattributes": b""})
+    return {"url": f"{request.hub.url}/kernels/{repo_id}", "name": repo_id}
 
-    return [
-        (r"GET /api/organizations/([\w-]+)/overview", organization),
-        (r"POST /api/repos/create", create),
-        (rf"(?:POST|DELETE) /api/kernels/{repo}/branch/(.+)", branch),
-        (rf"GET /api/kernels/{repo}/refs", refs),
-        (rf"GET /api/kernels/{repo}/revision/(.+)", info),
-        (rf"GET /api/kernels/{repo}/tree/(.+)", tree),
-        (rf"(?:GET|HEAD) /kernels/{repo}/resolve/([^/]+)/(.+)", resolve),
-        (rf"POST /api/kernels/{repo}/preupload/(.+)", preupload),
-        (rf"POST /kernels/{repo}.git/info/lfs/objects/batch", large_files),
-        (r"PUT /objects/(\w+)", store),
-        (rf"POST /api/kernels/{repo}/commit/(.+)", commit),
-        (r"POST /api/validate-yaml", validate_yaml),
+
+@route(rf"(?:POST|DELETE) /api/kernels/{REPO}/branch/(.+)")
+def branch(request, repository, name):
+    if request.command == "DELETE":
+        del repository.refs[name]
+    else:
+        repository.refs[name] = repository.refs["main"]
+    return {}
+
+
+@route(rf"GET /api/kernels/{REPO}/refs")
+def list_refs(request, repository):
+    branches = [
+        {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+        for name, commit in repository.refs.items()
     ]
+    return {"branches": branches, "converts": [], "tags": []}
+
+
+@route(rf"GET /api/kernels/{REPO}/revision/(.+)")
+def info(request, repository, revision):
+    siblings = [{"rfilename": path} for path in sorted(repository.files(revision))]
+    return {"_id": "0", "id": "0", "sha": repository.find(revision), "siblings": siblings}
+
+
+@route(rf"GET /api/kernels/{REPO}/tree/(refs/heads/[^/]+|[^/]+)/?(.*)")
+def tree(request, repository, revision, folder):
+    recursive = re.search("recursive=(?i:true|1)", request.path)
+    start, entries = f"{folder}/" if folder else "", {}
+    for path, content in sorted(repository.files(revision).items()):
+        if path.startswith(start):
+            parts = path[len(start) :].split("/")
+            for depth in range(1, len(parts) if recursive else min(2, len(parts))):
+                above = start + "/".join(parts[:depth])
+                entries[above] = {"path": above, "type": "directory", "oid": above, "size": 0}
+            if recursive or len(parts) == 1:
+                oid = repository.oid(path, content)
+                entries[path] = {"path": path, "type": "file", "oid": oid, "size": len(content)}
+    return list(entries.values())
+
+
+@route(rf"(?:GET|HEAD) /kernels/{REPO}/resolve/([^/]+)/(.+)")
+def resolve(request, repository, revision, path):
+    content = repository.files(revision)[path]
+    first = int(re.search(r"\d+", request.headers.get("Range", "bytes=0-"))[0])
+    headers = {"ETag": f'"{repository.oid(path, content)}"'}
+    headers["X-Repo-Commit"] = repository.find(revision)
+    headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+    return 206 if first else 200, content[first:], headers
+
+
+@route(rf"POST /api/kernels/{REPO}/preupload/(.+)")
+def preupload(request, repository, revision):
+    there, files = repository.files(revision), []
+    for path in (file["path"] for file in json.loads(request.body)["files"]):
+        repository.large |= {path} if path.endswith(".so") else set()
+        mode = "lfs" if path in repository.large else "regular"
+        oid = {"oid": repository.oid(path, there[path])} if path in there else {}
+        files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **oid})
+    return {"files": files}
+
+
+@route(rf"POST /kernels/{REPO}.git/info/lfs/objects/batch")
+def large_files(request, repository):
+    entries = json.loads(request.body)["objects"]
+    for entry in entries:
+        if entry["oid"] not in request.hub.objects:
+            entry["actions"] = {"upload": {"href": f"{request.hub.url}/objects/{entry['oid']}"}}
+    return {"transfer": "basic", "objects": entries}
+
+
+@route(r"PUT /objects/(\w+)")
+def store(request, oid):
+    request.hub.objects[oid] = request.body
+    return {}
+
+
+@route(rf"POST /api/kernels/{REPO}/commit/(.+)")
+def commit(request, repository, revision):
+    before, files = repository.find(revision), dict(repository.files(revision))
+    for operation in map(json.loads, request.body.splitlines()):
+        key, value = operation["key"], operation["value"]
+        if key == "header" and value.get("parentCommit", before) != before:
+            raise Refusal(412, "the branch has moved", "")
+        elif key == "deletedFile":
+            del files[value["path"]]
+        elif key == "lfsFile":
+            files[value["path"]] = request.hub.objects[value["oid"]]
+        elif key == "file":
+            files[value["path"]] = base64.b64decode(value["content"])
+    oid = repository.commit(revision, files)
+    return {"commitOid": oid, "commitUrl": f"{request.hub.url}/kernels/org/name/commit/{oid}"}

@@ -1,171 +1,157 @@
-"""From the source to the Hub and back: published with tools/publish.py, fetched with kernels.
-
-The Hub is a stand-in on this machine. Each consumer is a process of its own with an empty cache, as
-a user's is.
+"""From the source to the Hub and back: released, published with tools/publish.py, fetched with
+kernels. The Hub is a stand-in on this machine.
 """
 
+import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import BACKEND, KERNEL, REPO_ID
+from huggingface_hub import HfApi
 
-from tools import abi
+from tools import abi, publish
 from tools import build as builder
+from tools import release as release_tool
+from tools.tests import releases
 from tools.tests.hub import TOKEN, Fault, Hub, Repository
-from tools.tests.releases import (
-    VARIANTS,
-    copy_release,
-    skip_if_the_compiler_is_newer,
-    skip_without_abi_tools,
-)
 
 VARIANT = Path(KERNEL.__file__).parent.name  # what suits this environment
+FOREIGN = ["torch-stable-abi210-rocm72-x86_64-linux", "torch-stable-abi299-cpu-x86_64-linux"]
 
-# Variants that suit no environment that this test runs in: of other machines, CUDA and torch.
-FOREIGN = [
-    "torch-stable-abi210-cpu-aarch64-linux",
-    "torch-stable-abi210-cu126-x86_64-linux",
-    "torch-stable-abi210-cu139-x86_64-linux",
-    "torch-stable-abi210-rocm72-x86_64-linux",
-    "torch-stable-abi299-cpu-x86_64-linux",
-    "torch27-cxx11-cpu-x86_64-linux",
-    "torch27-cxx11-cu128-x86_64-linux",
-]
-
-# For each call of a function of kernels: where the kernel came from and what it ran on, once its
-# output was found to be that of the float64 reference there; or what was raised.
+# Where each kernel came from, once its output was found right there; or what was raised.
 CONSUMER = """
 import json, platform, sys
-from pathlib import Path
 import kernels, torch
-from cases import SMALL, assert_close, make_inputs
+from cases import OPERATORS, SMALL, assert_close
 
-exec(sys.argv[2])  # what makes this machine pass for another
-
-results = []
-for function, arguments in json.loads(sys.argv[1]):
+exec(sys.argv[3])  # what makes this machine pass for another
+for repo_id, version in json.loads(sys.argv[1]):
+    arguments = dict(version=version, trust_remote_code=True, backend=json.loads(sys.argv[2]))
     try:
-        kernel = getattr(kernels, function)(**arguments)
+        kernel = kernels.get_kernel(repo_id, **arguments)
+        for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+            inputs = OPERATORS["ms_deform_attn"](SMALL, torch.float32, device)
+            expected = kernel.reference.ms_deform_attn(*inputs.double().args)
+            assert_close(kernel.ms_deform_attn(*inputs.args), expected, "output")
+        print(json.dumps(kernel.__file__))
     except Exception as error:
-        results.append(f"{type(error).__name__}: {error}")
-        continue
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
-        inputs = make_inputs(SMALL, torch.float32, device)
-        expected = kernel.reference.ms_deform_attn(*inputs.double().args)
-        output = kernel.ms_deform_attn(*inputs.args)
-        assert output.device.type == device
-        assert_close(output, expected, "output")
-    results.append([str(Path(kernel.__file__).parent), devices])
-print(json.dumps(results))
+        print(json.dumps(f"{type(error).__name__}: {error}"))
 """
 
 
-# The command line of kernels, several times.
-KERNELS_COMMANDS = """
-import json, sys
-from kernels.cli import main
+@pytest.fixture
+def release(tmp_path: Path) -> builder.Kernel:
+    """The variant of this environment as if built from a commit, with what is published beside."""
+    kernel = releases.copy_checkout(tmp_path / "release")
+    (kernel.root / "benchmarks").mkdir()
+    for name in ("CARD.md", "benchmarks/benchmark.py"):
+        shutil.copyfile(releases.ROOT / name, kernel.root / name)
+    variant = shutil.copytree(Path(KERNEL.__file__).parent, kernel.root / "build" / VARIANT)
+    git = {"commit": "1" * 40, "dirty": False}
+    releases.edit_metadata(Path(variant), provenance=builder.provenance(git))
+    releases.violations_of_releases(abi.check(Path(variant)))
+    return kernel
 
-for arguments in json.loads(sys.argv[1]):
-    sys.argv[1:] = arguments
-    main()
-"""
 
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A Hub on which the kernel was published, beside variants for other environments."""
-    skip_without_abi_tools()
-    kernel = copy_release(tmp_path_factory.mktemp("release"))
-    for variant in VARIANTS:
-        skip_if_the_compiler_is_newer(abi.check(variant))
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch):
     with Hub() as hub:
-        home = tmp_path_factory.mktemp("publisher")
-        publish = [builder.ROOT / "tools" / "publish.py", kernel.root, "--partial"]
-        run(hub, home, publish, HF_TOKEN=TOKEN)
-        repository = hub.repositories[REPO_ID]
-        metadata = repository.files("v1")[f"build/{VARIANT}/metadata.json"]  # a lock reads them all
-        foreign = {f"build/{name}/metadata.json": metadata for name in FOREIGN}
-        repository.commit("refs/heads/v1", {**repository.files("v1"), **foreign})
-        hub.requests.clear()
+        monkeypatch.setattr(publish, "HfApi", functools.partial(HfApi, hub.url))
+        monkeypatch.setattr(publish, "get_token", lambda: TOKEN)
+        monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         yield hub
 
 
-@pytest.fixture(autouse=True)
-def no_faults(hub: Hub) -> None:
-    hub.faults.clear()
+def run(kernel: builder.Kernel, *arguments: str) -> None:
+    """Publishes what there is: a development machine has not built a whole release."""
+    publish.main([str(kernel.root), "--partial", *arguments])
 
 
-def run(hub: Hub, home: Path, arguments: list, **environment: str) -> str:
-    """What a Python program prints in a fresh process that knows only this Hub."""
+def refused(kernel: builder.Kernel, *arguments: str) -> str:
+    with pytest.raises(SystemExit, match="^error: ") as exit:
+        run(kernel, *arguments)
+    return exit.value.code
+
+
+def local_files(kernel: builder.Kernel) -> "dict[str, bytes]":
+    paths = [*kernel.root.glob("build/**/*"), kernel.root / "benchmarks" / "benchmark.py"]
+    files = [path for path in paths if path.is_file() and path.suffix != ".pyc"]
+    return {str(path.relative_to(kernel.root)): path.read_bytes() for path in files}
+
+
+def consume(hub: Hub, home: Path, calls: list, backend=BACKEND, machine="", **variables) -> list:
+    """What a fresh process gets from each call, which fetches from the stand-in."""
     others = ("HF_", "LOCAL_KERNELS", "KERNELS_")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-    paths = [str(builder.ROOT / "tests"), *filter(None, [clean.get("PYTHONPATH")])]
-    environment = {
-        **clean,
-        **hub.environment(home),
-        "PYTHONPATH": os.pathsep.join(paths),
-        **environment,
-    }
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=home
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environment = {name: x for name, x in os.environ.items() if not name.startswith(others)}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"PYTHONPATH": str(releases.ROOT / "tests"), **variables}
+    consumer = [sys.executable, "-c", CONSUMER, json.dumps(calls), json.dumps(backend), machine]
+    done = subprocess.run(consumer, env=environment, capture_output=True, text=True)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(calls), done.stderr
+    return results
 
 
-def consume(
-    hub: Hub, home: Path, *calls: "tuple[str, dict]", machine: str = "", **environment: str
-) -> list:
-    """What a fresh process gets from each call: the kernel's folder and devices, or the error."""
-    calls = [(name, {"backend": BACKEND, **arguments}) for name, arguments in calls]
-    program = ["-c", CONSUMER, json.dumps(calls), machine]
-    return json.loads(run(hub, home, program, **environment).splitlines()[-1])
+def test_published_and_fetched(hub: Hub, release: builder.Kernel, tmp_path: Path, capsys) -> None:
+    run(release, "--dry-run")
+    assert f"v1: add build/{VARIANT}/metadata.json (" in capsys.readouterr().out
+    assert hub.repositories == {}
+    run(release)
+    repository, files = hub.repositories[REPO_ID], local_files(release)
+    refs, requests = dict(repository.refs), len(hub.requests)
+    assert repository.files("v1") == {**files, ".gitattributes": b""}
+    assert f'get_kernel("{REPO_ID}", version=1' in repository.files("main")["README.md"].decode()
+    run(release)  # changes nothing, and sends nothing twice
+    assert repository.refs == refs
+    assert not any(request.startswith("PUT ") for request in hub.requests[requests:])
+
+    # Variants of other environments beside it, and alone; the largest file breaks off once.
+    foreign = {f"build/{name}/metadata.json": b"{}" for name in FOREIGN}
+    repository.commit("v1", {**repository.files("v1"), **foreign})
+    hub.repositories["org/foreign"] = Repository(foreign, "v1")
+    hub.repositories["org/broken"] = Repository(files, "v1")
+    (library,) = (path for path in files if path.endswith(".so"))
+    half = len(files[library]) // 2
+    hub.faults = [Fault(f"GET .*/broken/.*{library}", sent=0)]
+    hub.faults += [Fault(f"GET .*{library}", sent=half, times=1)]
+    hub.requests.clear()
+    expected = [
+        (REPO_ID, 1, f"{tmp_path}/.*/build/{VARIANT}/__init__.py"),
+        (REPO_ID, 7, "ValueError: Version 7 not found, available versions: 1"),
+        ("org/nothing", 1, "RepositoryNotFoundError: .*org/nothing"),
+        ("org/foreign", 1, "FileNotFoundError: Cannot find a build variant for this system"),
+        ("org/broken", 1, "RemoteProtocolError: .*without sending complete message body"),
+    ]
+    results = consume(hub, tmp_path, [call[:2] for call in expected])
+    for result, (*_, message) in zip(results, expected):
+        assert re.match(message, result, re.S), result
+    folder = Path(results[0]).parent
+    for path in (path for path in files if VARIANT in path):
+        assert (folder / Path(path).relative_to(f"build/{VARIANT}")).read_bytes() == files[path]
+    fetched = {r for r in hub.requests if f"{REPO_ID}/resolve" in r}
+    assert fetched and all(f"/build/{VARIANT}/" in request for request in fetched)
 
 
-def get(repo_id: str = REPO_ID, **arguments) -> "tuple[str, dict]":
-    """A call of get_kernel, for version 1 and with trust unless told otherwise."""
-    if "revision" not in arguments:
-        arguments = {"version": 1, **arguments}
-    return "get_kernel", {"repo_id": repo_id, "trust_remote_code": True, **arguments}
+def test_what_a_variant_no_longer_has_is_deleted(hub: Hub, release: builder.Kernel) -> None:
+    """And a new version has no build that main has."""
+    old = {"build/torch29-cpu/_ops.py": b"", "LICENSE": b""}
+    repository = hub.repositories[REPO_ID] = Repository(old)
+    run(release)
+    assert repository.files("v1") == {**local_files(release), "LICENSE": b""}
+    stays, goes = {"build/other/_ops.py": b""}, {f"build/{VARIANT}/old.py": b""}
+    repository.commit("v1", {**repository.files("v1"), **stays, **goes})
+    run(release)
+    assert repository.files("v1") == {**local_files(release), "LICENSE": b"", **stays}
 
 
-def assert_is_what_was_published(hub: Hub, folder: Path) -> None:
-    files = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
-    }
-    prefix = f"build/{VARIANT}/"
-    published = hub.repositories[REPO_ID].files("v1").items()
-    assert files == {p[len(prefix) :]: c for p, c in published if p.startswith(prefix)}
-
-
-def test_the_variant_of_this_environment_is_fetched_and_runs(hub: Hub, tmp_path: Path) -> None:
-    """And only that one, although the largest file breaks off halfway once."""
-    published = hub.repositories[REPO_ID].files("v1")
-    (library,) = (path for path in published if re.search(rf"/{VARIANT}/.*\.so$", path))
-    hub.faults = [Fault(f"GET .*{library}", bytes_sent=len(published[library]) // 2, times=1)]
-    (result,) = consume(hub, tmp_path, get())
-    assert isinstance(result, list), result
-    folder, devices = Path(result[0]), result[1]
-    assert folder.is_relative_to(tmp_path) and folder.name == VARIANT
-    on_gpu = torch.cuda.is_available()
-    compute = VARIANT.split("-")[3]
-    assert re.fullmatch(r"cu\d+" if on_gpu else "cpu", compute), VARIANT
-    assert devices == (["cpu", "cuda"] if on_gpu else ["cpu"])
-    assert_is_what_was_published(hub, folder)
-    fetched = {r.split("/build/")[1].split("/")[0] for r in hub.requests if "/resolve/" in r}
-    assert fetched == {VARIANT}
-    assert sum(r.startswith("GET ") and library in r for r in hub.requests) == 2
-
-
+# What makes this machine pass for another where the loader asks.
 MACHINES = {
     "rocm": "torch.version.cuda, torch.version.hip = None, '7.9.1'",
     "xpu": "torch.version.cuda, torch.version.xpu = None, '20990100'",
@@ -173,82 +159,122 @@ MACHINES = {
     "windows": "platform.system = lambda: 'Windows'",
     "torch_2_8": "torch.__version__ = '2.8.0'",
 }
+slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-def test_what_no_native_variant_serves_gets_the_universal_one(
-    hub: Hub, tmp_path: Path, machine: str
+@pytest.mark.parametrize(
+    "machine", ["rocm", *(pytest.param(name, marks=slow) for name in [*MACHINES][1:]), "this"]
+)
+def test_the_universal_variant_serves_what_no_native_one_does(
+    hub: Hub, release: builder.Kernel, tmp_path: Path, machine: str
 ) -> None:
-    """Here the machine passes for another where the loader asks. It computes on the CPU, on which
-    the universal variant gives the right answer, too."""
-    if not any(variant.name == builder.UNIVERSAL_VARIANT for variant in VARIANTS):
+    """It is published apart from the native ones, of which neither removes the other. It computes on
+    the CPU here, where it is right, too."""
+    universal = releases.ROOT / "build" / builder.UNIVERSAL_VARIANT
+    if not universal.is_dir():
         pytest.skip("no torch-universal: python tools/build.py --backend universal")
+    run(release)
+    native = release.root / "build" / VARIANT
+    native.rename(release.root / VARIANT)
+    git = builder.provenance({"commit": "1" * 40, "dirty": False})
+    releases.edit_metadata(
+        Path(shutil.copytree(universal, native.parent / universal.name)), provenance=git
+    )
+    run(release)
     (result,) = consume(
-        hub, tmp_path, get(backend=None), machine=MACHINES[machine], CUDA_VISIBLE_DEVICES=""
+        hub,
+        tmp_path,
+        [(REPO_ID, 1)],
+        backend=BACKEND if machine == "this" else None,
+        machine=MACHINES.get(machine, ""),
+        CUDA_VISIBLE_DEVICES="",
     )
-    assert isinstance(result, list), result
-    assert Path(result[0]).name == builder.UNIVERSAL_VARIANT
+    expected = VARIANT if machine == "this" else universal.name
+    assert re.match(f"{tmp_path}/.*/build/{expected}/__init__.py", result), result
 
 
-def test_locked_then_loaded_offline(hub: Hub, tmp_path: Path) -> None:
-    """`kernels lock`, `kernels download`, then load_kernel and a pinned revision, without a Hub."""
-    pytest.importorskip("sigstore", reason="the command line of kernels needs it")
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "pyproject.toml").write_text(f'[tool.kernels.dependencies]\n"{REPO_ID}" = 1\n')
-    commands = [["lock", str(project)], ["download", "--all-variants", str(project)]]
-    hub.trusted.add("org")  # a lock cannot say trust_remote_code
-    try:
-        run(hub, tmp_path, ["-c", KERNELS_COMMANDS, json.dumps(commands)])
-    finally:
-        hub.trusted.clear()
-    (lock,) = json.loads((project / "kernels.lock").read_text())
-    commit = hub.repositories[REPO_ID].find("v1")
-    assert lock["lock"]["commit"] == commit
+@pytest.mark.parametrize("request_", ["PUT /objects/", "POST .*/commit/v1"])
+def test_an_interruption_publishes_nothing_and_is_resumed(hub, release, request_: str) -> None:
+    hub.faults = [Fault(request_)]
+    refused(release)
+    assert set(hub.repositories[REPO_ID].refs) == {"main"}
+    hub.faults = []
+    run(release)
+    assert hub.repositories[REPO_ID].files("v1").items() >= local_files(release).items()
 
-    lockfile = str(project / "kernels.lock")
-    calls = [("load_kernel", {"repo_id": REPO_ID, "lockfile": lockfile}), get(revision=commit)]
 
-    # huggingface_hub 1.22 and later call a snapshot incomplete that has only what kernels 0.17.2
-    # asks for; the whole revision is complete.
-    for result in consume(hub, tmp_path, *calls, HF_HUB_OFFLINE="1"):
-        assert isinstance(result, str), result
-        assert result.startswith("FileNotFoundError: Cannot find a local snapshot")
-    download = (
-        f"import huggingface_hub as hub; hub.snapshot_download({REPO_ID!r}, repo_type='kernel', "
-        f"revision={commit!r})"
-    )
-    run(hub, tmp_path, ["-c", download])
+def spoil_abi(variant: Path) -> None:
+    """A library that calls C++ of torch beside the stable ABI."""
+    source = 'namespace c10 { void f(); } extern "C" void g() { c10::f(); }'
+    (library,) = variant.glob("*.so")
+    command = [builder.find_compiler(), "-shared", "-fPIC", "-xc++", "-", "-o", library]
+    subprocess.run(command, input=source, text=True, check=True)
 
-    hub.requests.clear()
-    loaded, pinned = consume(hub, tmp_path, *calls, HF_HUB_OFFLINE="1")
-    assert isinstance(loaded, list) and loaded == pinned, (loaded, pinned)
-    assert_is_what_was_published(hub, Path(loaded[0]))
+
+def change(**keys):
+    return functools.partial(releases.edit_metadata, **keys)
+
+
+DIRTY = builder.provenance({"commit": "1" * 40, "dirty": True})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (functools.partial(releases.edit, name="layers.py"), "not match its digest: .*layers.py"),
+        (spoil_abi, "c10::f.* has no version and is not of the stable ABI of torch 2.10"),
+        (change(provenance=DIRTY), "was built from a dirty tree; commit"),
+        (change(provenance=None), "does not tell which commit"),
+        (change(digest=None), "has no digest"),
+        (change(version=2), "is of version 2, build.toml has 1"),
+        (change(id="_of_others"), "was built from other sources"),
+        (lambda variant: (variant / "metadata.json").unlink(), "metadata.json: .*No such file"),
+        (shutil.rmtree, "has no variant; run make release"),
+    ],
+)
+def test_a_release_that_is_not_fit_is_refused(hub: Hub, release, spoil, message: str) -> None:
+    spoil(release.root / "build" / VARIANT)
+    assert re.search(message, refused(release), re.S)
     assert hub.requests == []
 
 
-def test_what_cannot_be_had_is_told(hub: Hub, tmp_path: Path) -> None:
-    """Each in a repository of its own, since a cache remembers."""
-    files = hub.repositories[REPO_ID].files("v1")
-    foreign = {path: c for path, c in files.items() if Path(path).parent.name in FOREIGN}
-    for name in ("short", "broken", "failing", "foreign"):
-        hub.repositories[f"org/{name}"] = Repository()
-        content = foreign if name == "foreign" else files
-        hub.repositories[f"org/{name}"].commit("refs/heads/v1", content)
-    hub.faults = [
-        Fault(r"GET /kernels/org/broken/resolve/.*\.so", bytes_sent=0),
-        Fault(r"GET /kernels/org/short/resolve/.*\.so", shortened_to=1000),
-        Fault(r"GET /api/kernels/org/failing/refs", status=500),
-    ]
-    expected = [
-        (get(version=7), "ValueError: Version 7 not found, available versions: 1"),
-        (get("org/nothing"), "RepositoryNotFoundError: .*org/nothing"),
-        (get(trust_remote_code=False), "ValueError: .*is not from a trusted publisher"),
-        (get("org/foreign"), "FileNotFoundError: Cannot find a build variant for this system"),
-        (get("org/short"), "OSError: Consistency check failed: file should be of size"),
-        (get("org/broken"), "RemoteProtocolError: .*without sending complete message body"),
-        (get("org/failing"), "HfHubHTTPError: Server error '500"),
-    ]
-    results = consume(hub, tmp_path, *(call for call, _ in expected))
-    for result, (call, message) in zip(results, expected):
-        assert isinstance(result, str) and re.match(message, result, re.S), (call, result)
+def test_a_release_in_part_is_refused(hub: Hub, release: builder.Kernel) -> None:
+    with pytest.raises(SystemExit) as exit:
+        publish.main([str(release.root)])
+    whole = set(release_tool.matrix(release))
+    assert {x for x in whole if f"{x} is missing" in exit.value.code} == whole - {VARIANT}
+
+
+def test_what_the_hub_refuses_is_told(hub: Hub, release, monkeypatch, tmp_path: Path) -> None:
+    """Then nothing was published; nor without a Hub, a token or a release."""
+    told = {
+        401: "does not accept the token",
+        403: "may not write.*kernels-community",
+        412: "changed meanwhile",
+        500: "refused",
+    }
+    for status, message in told.items():
+        hub.faults = [Fault("POST /api/repos/create", status=status)]
+        assert re.search(message, refused(release))
+    monkeypatch.setattr(publish, "HfApi", functools.partial(HfApi, "http://127.0.0.1:9"))
+    assert "the Hub cannot be reached" in refused(release)
+    monkeypatch.setattr(publish, "get_token", lambda: None)
+    assert "there is no token; log in" in refused(release)
+    with pytest.raises(SystemExit, match="no build.toml; run make release first"):
+        publish.main([str(tmp_path)])
+    assert hub.repositories == {}
+
+
+def test_a_release_is_of_the_last_commit(tmp_path: Path, monkeypatch) -> None:
+    """Also the second time, whatever was changed in its checkout. Differences are found."""
+    root, folder = tmp_path / "repository", tmp_path / "checkout"
+    inner, copy = root / "inner", folder / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.setattr(release_tool, "ROOT", root)
+    for text in ("first", "other"):  # of one size
+        (inner / "file").write_text(text)
+        last = releases.commit_all(root)
+        assert release_tool.check_out(folder) == last
+        assert release_tool.differences(inner, copy) == []
+        (copy / "file").write_text("wrong")
+        assert release_tool.differences(inner, copy) == ["file"]
