@@ -38,6 +38,7 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels_ci: the subset kernel-builder runs; under a minute")
+    config.addinivalue_line("markers", "slow: what make test leaves to make test-all")
 
 
 def pytest_report_header(config):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import HALF_DTYPES, relative_error
 from models import MODELS, build, inputs_of
-from test_transformers import Calls, default_dtype, transformers_that_uses_kernels
+from test_transformers import Calls, default_dtype, each_model, transformers_that_uses_kernels
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -260,7 +260,7 @@ def attentions_of(output):
     return {name: x for name, x in output.items() if "attentions" in name and x is not None}
 
 
-@pytest.mark.parametrize("spec", MODELS, ids=lambda spec: spec.name)
+@each_model()
 def test_a_model_returns_the_same_weights(kernel, spec):
     """Asked by the argument, then by the configuration, then not: the hooks stay installed."""
     transformers = transformers_that_uses_kernels()
@@ -335,6 +335,7 @@ def test_compiled_with_a_hook(kernel):
     assert torch.allclose(recorded[0], expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rt_detr", "mask2former"])
 def test_a_compiled_model(kernel, device, name):
     torch._dynamo.reset()

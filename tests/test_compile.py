@@ -248,6 +248,7 @@ class Both(torch.nn.Module):
         return self.plain(*plain_args), self.fused(*fused_args)
 
 
+@pytest.mark.slow
 def test_aot_inductor_package(kernel, device, tmp_path):
     """The package calls the op by name, so the process that runs it must have loaded the kernel."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:

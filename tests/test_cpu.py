@@ -45,11 +45,12 @@ def python(script: str, **environment: str) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_instruction_sets(capability):
     """The comparisons with the reference, in a process that is held to an instruction set.
 
-    One that the processor does not have is lowered to the next that it has.
+    One that the processor does not have is lowered to the next that it has; the widest that it has
+    is what all other tests run.
     """
     cases = "pyramid or encoder or channels_30 or channels_3 or channels_71 or thin_maps or far"
     run = subprocess.run(

@@ -47,6 +47,8 @@ def test_gradients_repeat_bit_for_bit(kernel, device, operator, dtype, determini
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CROWDED + OTHERS, ids=lambda case: case.name)
 def test_gradients_are_right(kernel, device, operator, case, dtype, deterministic_mode):
+    if device == "cpu" and case is not CROWDED[0]:
+        pytest.skip("a CPU has one strategy for all, which test_operator.py compares")
     check_against_reference(kernel, OPERATORS[operator](case, dtype, device))
 
 

@@ -212,7 +212,14 @@ def onnx_export(tmp_path):
     return export
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in TOLERANCES if x.itemsize != 4),
+    ],
+    ids=str,
+)
 def test_onnx(kernel, onnx_export, operator, dtype):
     args = sizes_inputs(operator, dtype, {}, **EXPORTED)
     # numpy, through which onnxruntime returns its results, has no bfloat16.
@@ -256,6 +263,7 @@ def test_onnx_of_a_program_exported_before(kernel, onnx_export):
     check_close(run(*args), module(*args))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("opset", [16, 18])
 def test_onnx_opsets(kernel, onnx_export, opset, dtype):
@@ -328,6 +336,7 @@ class Logits(torch.nn.Module):
         return self.model(pixel_values=pixel_values).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["kernelized", "fused"])
 def test_onnx_of_a_model(kernel, onnx_export, route):
     """With another batch; transformers fixes the image size of this model by itself."""
@@ -346,6 +355,7 @@ def test_onnx_of_a_model(kernel, onnx_export, route):
     check_close(run(images), expected)
 
 
+@pytest.mark.slow
 def test_onnx_of_a_model_for_other_image_sizes(kernel, onnx_export):
     """RT-DETR, which leaves its image size open: other batch, height and width than exported."""
     from models import MODELS, build

@@ -23,6 +23,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYER = "MultiScaleDeformableAttention"
+# One of each family of integrations/fused.py. make test leaves the others to make test-all.
+FAMILIES = ("deformable_detr", "rt_detr_v2", "d_fine", "mask2former", "oneformer")
+
+
+def each_model(models=MODELS):
+    marks = {spec.name: () if spec.name in FAMILIES else pytest.mark.slow for spec in models}
+    specs = [pytest.param(spec, id=spec.name, marks=marks[spec.name]) for spec in models]
+    return pytest.mark.parametrize("spec", specs)
 
 
 @pytest.mark.parametrize("name", [LAYER, f"{LAYER}List", f"{LAYER}V2"])
@@ -119,7 +127,7 @@ def default_dtype(dtype):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("spec", MODELS, ids=lambda spec: spec.name)
+@each_model()
 def test_model(kernel, device, spec, training):
     """In float64, where neither the choice of proposals nor a pixel is up to rounding."""
     transformers = transformers_that_uses_kernels()
@@ -203,9 +211,7 @@ def decorated(patch, file):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(
-    "spec", [spec for spec in MODELS if spec.by == "function"], ids=lambda spec: spec.name
-)
+@each_model([spec for spec in MODELS if spec.by == "function"])
 def test_kernelize_where_transformers_decorates_the_function(device, monkeypatch, spec, training):
     transformers = transformers_that_uses_kernels()
     with default_dtype(torch.float64):
@@ -247,9 +253,13 @@ def test_signatures_of_transformers(kernel, name):
 NEWER = ("5.24.0",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", NEWER)
 def test_newer_transformers(version, tmp_path):
-    """These tests and those of the attentions, in a process that has the release."""
+    """What make test runs of this file and of test_attention.py, with the release.
+
+    All models' attentions are compared, and one model of each family.
+    """
     folder = ROOT / ".toolkits" / f"transformers-{version}"
     install = f"pip install --no-deps --target .toolkits/{folder.name} transformers=={version}"
     if importlib.metadata.version("transformers") in NEWER:
@@ -259,7 +269,7 @@ def test_newer_transformers(version, tmp_path):
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "test_transformers.py", "test_attention.py", "-q", "-rs",
-         "-p", "no:cacheprovider"],
+         "-m", "not slow", "-p", "no:cacheprovider"],
         cwd=ROOT / "tests", env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True, text=True,
     )  # fmt: skip
