@@ -168,8 +168,7 @@ slow = pytest.mark.slow
 def test_the_universal_variant_serves_what_no_native_one_does(
     hub: Hub, release: builder.Kernel, tmp_path: Path, machine: str
 ) -> None:
-    """It is published apart from the native ones, of which neither removes the other. It computes on
-    the CPU here, where it is right, too."""
+    """Published apart, neither removes the other. Here it computes on the CPU, and is right."""
     universal = releases.ROOT / "build" / builder.UNIVERSAL_VARIANT
     if not universal.is_dir():
         pytest.skip("no torch-universal: python tools/build.py --backend universal")

@@ -100,4 +100,4 @@ _BUILD = _use_loaded_ops()
 from ._ops import add_op_namespace_prefix, ops  # noqa: E402, F401
 
 if not hasattr(ops, "ms_deform_attn_forward"):
-    from . import universal  # noqa: F401
+    from . import universal  # type: ignore[attr-defined]  # noqa: F401

@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 
 from .. import functional
+from ..functional import ms_deform_attn_forward
 from ..names import OF_EXTENSIONS, also_named
 from . import patches
 
@@ -106,7 +107,7 @@ def ms_deform_attn_backward(
 
 
 _FUNCTIONS: Dict[str, Callable[..., Any]] = {
-    "ms_deform_attn_forward": functional.ms_deform_attn_forward,
+    "ms_deform_attn_forward": ms_deform_attn_forward,
     "ms_deform_attn_backward": ms_deform_attn_backward,
 }
 
