@@ -420,6 +420,12 @@ void backward(const BackwardParams& p, const Tiles& tiles, const uint64_t* tiles
 
 // ------------------------------------------------------------------------------------------ fused
 
+// Not std::copy_n, which calls memmove where the number is not a constant.
+template <typename acc>
+MSDA_INLINE void copy_numbers(const acc* from, int32_t count, acc* to) {
+  for (int32_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
 // Copies between arrays of whole rows' points and the points of a round, level by level.
 // copy(index in the rows' arrays, index in the round's, numbers) for each level of each row.
 template <typename acc, typename Copy>
@@ -433,11 +439,12 @@ MSDA_INLINE void for_each_level(const Params& p, const FusedPoints<acc>& points,
     for (int32_t level = 0; level < p.levels; ++level) {
       const int32_t count = points_of_level(p, level);
       acc* const at = points.at(FusedPoints<acc>::x, batch, head, first_point, count, query);
-      // Told the usual number of points, the compiler writes no loop over them.
-      if (count == 4) {
-        copy(i, at, 4);
-      } else {
-        copy(i, at, count);
+      // Told the usual numbers of points, the compiler writes no loop over them.
+      switch (count) {
+        case 2: copy(i, at, 2); break;
+        case 4: copy(i, at, 4); break;
+        case 8: copy(i, at, 8); break;
+        default: copy(i, at, count);
       }
       first_point += count, i += count;
     }
@@ -472,11 +479,11 @@ void fuse_blocks(const BackwardParams& p, const std::vector<Level>& levels, cons
       fuse_points<scalar_t>(p, row, rows, fusion, points);
       const PointTable<acc> table = points.table();
       for_each_level(p, to, row, rows, [&](int32_t i, acc* at, int32_t count) {
-        std::copy_n(table.x + i, count, at);
-        std::copy_n(table.y + i, count, at + to.count);
-        std::copy_n(table.x_rest + i, count, at + 2 * to.count);
-        std::copy_n(table.y_rest + i, count, at + 3 * to.count);
-        std::copy_n(table.weight + i, count, at + 4 * to.count);
+        copy_numbers(table.x + i, count, at);
+        copy_numbers(table.y + i, count, at + to.count);
+        copy_numbers(table.x_rest + i, count, at + 2 * to.count);
+        copy_numbers(table.y_rest + i, count, at + 3 * to.count);
+        copy_numbers(table.weight + i, count, at + 4 * to.count);
       });
     }
     for (int64_t head = 0; head < p.heads; ++head) {
@@ -586,10 +593,10 @@ void differentiate_blocks(const BackwardParams& p, const std::vector<Level>& lev
     for (int64_t row = begin; row < end; row += rows_at_once) {
       const int32_t rows = std::min<int64_t>(rows_at_once, end - row), count = rows * p.points;
       for_each_level(p, of, row, rows, [&](int32_t i, const acc* at, int32_t points) {
-        std::copy_n(at + Q::weight * of.count, points, &weight[i]);
-        std::copy_n(at + Q::grad_x * of.count, points, &grad_x[i]);
-        std::copy_n(at + Q::grad_y * of.count, points, &grad_y[i]);
-        std::copy_n(at + Q::grad_weight * of.count, points, &grad_weight[i]);
+        copy_numbers(at + Q::weight * of.count, points, &weight[i]);
+        copy_numbers(at + Q::grad_x * of.count, points, &grad_x[i]);
+        copy_numbers(at + Q::grad_y * of.count, points, &grad_y[i]);
+        copy_numbers(at + Q::grad_weight * of.count, points, &grad_weight[i]);
       });
       if (p.grad_reference_points) {
         if (box) {
