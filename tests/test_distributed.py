@@ -77,6 +77,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["gloo", "nccl"], ids=["cpu", "cud
 
 
 @BACKENDS
+@pytest.mark.slow
 def test_data_parallel_training_follows_one_process(backend, tmp_path):
     transformers_that_uses_kernels()
     losses = in_both(train, backend, tmp_path)

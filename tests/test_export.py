@@ -21,6 +21,9 @@ OPTIONS = {
 }
 # Of the largest output. GridSample takes locations as 2x - 1, and halves them again.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-12, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+# An export takes four seconds.
+OTHER_DTYPES = [pytest.param(x, marks=pytest.mark.slow) for x in TOLERANCES if x != torch.float32]
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, *OTHER_DTYPES], ids=str)
 
 
 class Sizes(torch.nn.Module):
@@ -101,7 +104,7 @@ def decomposed(kernel, module, args, dynamic_shapes, strict=False):
     return program
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@each_dtype
 @pytest.mark.parametrize("options", OPTIONS)
 def test_decomposed(kernel, operator, dtype, options):
     options = OPTIONS[options]
@@ -212,14 +215,7 @@ def onnx_export(tmp_path):
     return export
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        *(pytest.param(x, marks=pytest.mark.slow) for x in TOLERANCES if x.itemsize != 4),
-    ],
-    ids=str,
-)
+@each_dtype
 def test_onnx(kernel, onnx_export, operator, dtype):
     args = sizes_inputs(operator, dtype, {}, **EXPORTED)
     # numpy, through which onnxruntime returns its results, has no bfloat16.

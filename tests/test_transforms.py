@@ -126,7 +126,13 @@ def test_torch_func(kernel, device, operator, name, options):
     check(DERIVATIVES[name], kernel, operator, inputs)
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name != "hessian" else pytest.param(name, marks=pytest.mark.slow)
+        for name in COMPILED
+    ],
+)
 def test_torch_func_compiled(kernel, device, operator, name):
     inputs = OPERATORS[operator](TINY, torch.float64, device)
     # TorchDynamo of torch 2.11 breaks the graph inside of these two, whatever they derive.
@@ -434,9 +440,9 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *arguments]))
     "names",
     [
         "_C._AutoDispatchBelowAutograd",
-        "_C._are_functorch_transforms_active",
-        "autograd.forward_ad._current_level",
-        "_C._is_tracing _C._functorch.is_dead_tensor_wrapper",
+        pytest.param("_C._are_functorch_transforms_active", marks=pytest.mark.slow),
+        pytest.param("autograd.forward_ad._current_level", marks=pytest.mark.slow),
+        pytest.param("_C._is_tracing _C._functorch.is_dead_tensor_wrapper", marks=pytest.mark.slow),
     ],
 )
 def test_without_private_names_of_torch(names):
