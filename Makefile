@@ -14,6 +14,9 @@ else
   ENVIRONMENT := .venv/.installed
 endif
 
+# Two processes run the tests, a thread each. On a GPU it is one, which may take all of its memory.
+JOBS = $(shell nvidia-smi >/dev/null 2>&1 || echo -n 2 --dist worksteal)
+
 # Less registration.h, which kernel-builder generates in torch-ext.
 NATIVE = $(shell find deformable_detr torch-ext benchmarks tools \
   -name registration.h -o -name '*.h' -print -o -name '*.cpp' -print -o -name '*.cu' -print -o -name '*.cuh' -print)
@@ -40,11 +43,11 @@ guard: build ## fail if the CPU kernel has become much slower beside grid_sample
 
 .PHONY: test
 test: build ## run the tests, less those marked slow
-	$(PYTHON) -m pytest tests tools/tests benchmarks/tests -m "not slow" $(ARGS)
+	$(PYTHON) -m pytest tests tools/tests benchmarks/tests -m "not slow" $(JOBS) $(ARGS)
 
 .PHONY: test-all
 test-all: build ## run all tests
-	$(PYTHON) -m pytest tests tools/tests benchmarks/tests $(ARGS)
+	$(PYTHON) -m pytest tests tools/tests benchmarks/tests $(JOBS) $(ARGS)
 
 .PHONY: fuzz
 fuzz: build ## compare 20,000 random problems with float64

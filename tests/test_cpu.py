@@ -45,7 +45,8 @@ def python(script: str, **environment: str) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_instruction_sets(capability):
     """The comparisons with the reference, in a process that is held to an instruction set.
 
