@@ -2,19 +2,16 @@
 
 A program takes some queries of one (batch, head), and all their channels. Its points are placed
 as in deformable_detr/bilinear.h, whose names these functions have. Locations, weights and sums are
-float32. The softmax of a fused call is PyTorch's.
-
-Run on an NVIDIA H100 and in Triton's interpreter, on no GPU of AMD's or Intel's.
+float32. The softmax of a fused call is PyTorch's. Not run on AMD or Intel hardware.
 """
+
+import contextlib
 
 import torch
 import triton
 import triton.language as tl
 
 from .checks import Inputs
-
-MOST_CHANNELS = 512  # that a program's registers hold
-
 
 # ------------------------------------------------------------------------------- where a point lies
 # A number in twice the precision is a pair: rounded, and what the rounding left.
@@ -261,8 +258,7 @@ def _backward(
                 tl.store(grad_coordinates + 2 * at, _times(grad_x, x_reach), mask=there)
                 tl.store(grad_coordinates + 2 * at + 1, _times(grad_y, y_reach), mask=there)
             if FOR_REFERENCES:
-                grad_x0 += grad_x * x_size
-                grad_y0 += grad_y * y_size
+                grad_x0, grad_y0 = grad_x0 + grad_x * x_size, grad_y0 + grad_y * y_size
                 grad_w0 += _times(grad_x, x_at) * x_size * unit
                 grad_h0 += _times(grad_y, y_at) * y_size * unit
             point += 1
@@ -280,7 +276,7 @@ def _backward(
 
 def runs(inputs: Inputs) -> bool:
     """Whether the kernels take these inputs. Levels are unrolled, and channels are in registers."""
-    return inputs.value.shape[3] <= MOST_CHANNELS and len(inputs.counts) <= 16
+    return inputs.value.shape[3] <= 512 and len(inputs.counts) <= 16
 
 
 def _launch(kernel, inputs: Inputs, pointers: list, **flags):
@@ -288,26 +284,21 @@ def _launch(kernel, inputs: Inputs, pointers: list, **flags):
     queries = inputs.weights.shape[1]
     block_q, warps = block_size(inputs, queries)
     blocks = triton.cdiv(queries, block_q)
-    references = inputs.reference_points
+    fused = inputs.reference_points is not None
+    reference_levels, size = inputs.reference_points.shape[2:] if fused else (1, 2)
     units = [inputs.offset_scale / max(count, 1) for count in inputs.counts]
     rounded = torch.tensor(units, dtype=torch.float32, device="cpu").tolist()
-    kernel[(batch * blocks * heads,)](
-        *pointers,
-        pixels, queries, heads, channels,
-        1 if references is None else references.shape[2],
-        blocks,
-        COUNTS=tuple(inputs.counts),
-        UNITS=tuple(rounded),
-        UNIT_RESTS=tuple(unit - x for unit, x in zip(units, rounded)),
-        POINTS=inputs.weights.shape[3],
-        FUSED=references is not None,
-        BOXES=references is not None and references.shape[3] == 4,
-        NEAREST=inputs.nearest,
-        BLOCK_Q=block_q,
-        BLOCK_C=triton.next_power_of_2(channels),
-        num_warps=warps,
-        **flags,
-    )  # fmt: skip
+    device, guard = inputs.value.device, contextlib.nullcontext()
+    if device.type != "cpu":  # Triton launches on the current device
+        guard = getattr(torch, device.type).device(device)
+    with guard:
+        kernel[(batch * blocks * heads,)](
+            *pointers, pixels, queries, heads, channels, reference_levels, blocks,
+            COUNTS=tuple(inputs.counts), POINTS=inputs.weights.shape[3], UNITS=tuple(rounded),
+            UNIT_RESTS=tuple(unit - x for unit, x in zip(units, rounded)),
+            FUSED=fused, BOXES=size == 4, NEAREST=inputs.nearest, BLOCK_Q=block_q,
+            BLOCK_C=triton.next_power_of_2(channels), num_warps=warps, **flags,
+        )  # fmt: skip
 
 
 def block_size(inputs: Inputs, queries: int) -> tuple:
@@ -339,22 +330,18 @@ def backward(inputs: Inputs, for_value: bool, for_points: bool, for_reference: b
     value, references = inputs.value, inputs.reference_points
     pointers = _pointers(inputs)
     weights = pointers[4]
-    grad_value = torch.zeros_like(value, dtype=torch.float32, memory_format=torch.contiguous_format)
+    grad_value = value.new_zeros(value.shape if for_value else 0, dtype=torch.float32)
     grad_coordinates = inputs.coordinates.new_empty(inputs.coordinates.shape)
     grad_weights = torch.empty_like(weights)
-    grad_references = None
-    if for_reference:
-        shape = (*weights.shape[:3], len(inputs.counts), references.shape[3])
-        grad_references = value.new_empty(shape, dtype=torch.float32)
+    shape = (*weights.shape[:3], len(inputs.counts), references.shape[3]) if for_reference else 0
+    grad_references = value.new_empty(shape, dtype=torch.float32)
     pointers += [inputs.grad_output.contiguous(), grad_value, grad_coordinates, grad_weights]
-    pointers += [grad_references if for_reference else grad_value]
+    pointers += [grad_references]
     flags = {"FOR_VALUE": for_value, "FOR_POINTS": for_points, "FOR_REFERENCES": for_reference}
     _launch(_backward, inputs, pointers, **flags)
     if for_reference:
-        grad_references = grad_references.sum(2)
-        if references.shape[2] == 1:
-            grad_references = grad_references.sum(2, keepdim=True)
-        grad_references = grad_references.to(references.dtype)
+        over = (2, 3) if references.shape[2] == 1 else 2  # heads, and levels that share a point
+        grad_references = grad_references.sum(over).view(references.shape).to(references.dtype)
     if references is not None:  # of the logits, from those of their softmax
         mean = (grad_weights * weights).sum(-1, keepdim=True)
         grad_weights = (grad_weights - mean).mul_(weights).to(inputs.weights.dtype)
