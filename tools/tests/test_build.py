@@ -32,6 +32,7 @@ from tools.tests.releases import (
 )
 
 PACKAGE = ROOT / "torch-ext" / KERNEL.package
+LAYERS = f"torch-ext/{KERNEL.package}/layers.py"
 VARIANTS = sorted(path.parent for path in ROOT.glob("build/*/metadata.json"))
 NATIVE = [variant for variant in VARIANTS if variant.name != builder.UNIVERSAL_VARIANT]
 each_backend = pytest.mark.parametrize("backend", KERNEL.backends)
@@ -94,7 +95,8 @@ def test_workflows_are_pinned_and_name_what_exists() -> None:
     for name in set(re.findall(r"tools/\w+\.py|requirements[\w-]*\.txt", text)):
         assert (ROOT / name).is_file(), name
     filters = re.findall(r"^      - (\S+)$", text, re.M)  # paths of release.yml
-    for name in ("CARD.md", *KERNEL.inputs("cpu"), *KERNEL.inputs("cuda")):
+    inputs = [name for backend in KERNEL.backends for name in KERNEL.inputs(backend)]
+    for name in ("CARD.md", *inputs):  # of what kernel-builder builds
         matching = any(fnmatch.fnmatch(name, pattern) for pattern in filters)
         assert matching or name.startswith("tools/"), name  # of the local build
 
@@ -115,10 +117,8 @@ def test_the_package_keeps_to_what_the_hub_asks() -> None:
             for name in names:
                 assert name.split(".")[0] in known, name
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in registrars:
-                op = ast.unparse(node.args[0])
-                if op == "schema":  # of a library of the build's namespace
-                    continue
                 found += 1
+                op = ast.unparse(node.args[0])
                 assert op.startswith("add_op_namespace_prefix("), f"{module.name}: {op}"
     assert found > 0
 
@@ -210,7 +210,7 @@ def test_the_id_is_that_of_the_inputs(backend: str, checkout: builder.Kernel) ->
     (checkout.root / "torch-ext" / KERNEL.package / "_ops.py").write_text("# generated\n")
     ids = {KERNEL.id(backend, "variant", []), checkout.id(backend, "variant", [])}
     assert len(ids) == 1
-    for name in ("deformable_detr/bilinear.h", "build.toml", builder.BUILDER):
+    for name in ("deformable_detr/bilinear.h", "build.toml", LAYERS):
         edit(checkout.root, name)
         ids.add(checkout.id(backend, "variant", []))
     ids |= {checkout.id(backend, "other", []), checkout.id(backend, "variant", ["9.0"])}
@@ -221,7 +221,7 @@ def test_a_build_of_what_is_not_committed_is_dirty(checkout: builder.Kernel) -> 
     """An input that git does not track, too."""
     commit_all(checkout.root)
     new = f"torch-ext/{KERNEL.package}/new.py"
-    for name, dirty in (("notes.txt", False), (new, True), (builder.BUILDER, True)):
+    for name, dirty in (("notes.txt", False), (new, True), (LAYERS, True)):
         edit(checkout.root, name)
         assert builder.git_status(checkout.root, checkout.inputs("cpu"))["dirty"] is dirty
         (checkout.root / new).unlink(missing_ok=True)

@@ -99,7 +99,7 @@ def _define():
     library = torch.library.Library(ops.name, "DEF")
     for schema in schemas:
         name = schema.split("(")[0]
-        library.define(schema)
+        torch.library.define(add_op_namespace_prefix(name), schema[len(name) :], lib=library)
         library.impl(add_op_namespace_prefix(name), globals()[name], "CompositeExplicitAutograd")
     ops.definitions = library  # withdrawn when it is no longer referenced
 
