@@ -61,8 +61,8 @@ struct BackwardParams : Params {
 
   bool deterministic;  // sums in a fixed order (the CPU's always are)
 
-  // Null is what nobody asked for. Of the points either both gradients are wanted, or none; on a GPU
-  // they are, if those of the reference points are.
+  // Null is what nobody asked for. Of the points either both gradients are wanted, or none; on a
+  // GPU they are, if those of the reference points are.
   //
   // Every element is written.
   void* grad_value;  // [batch, spatial_size, heads, channels]

@@ -48,7 +48,6 @@ struct FusedPoints {
 
 // What a round of a fused call may take for its points, unless a batch item alone takes more.
 constexpr int64_t kRoundBytes = 8 << 20;
-constexpr int64_t kTaskRows = 256;
 
 }  // namespace
 }  // namespace ms_deform_attn::cpu
