@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
+from . import render
 from .implementations import BASELINE, IMPLEMENTATIONS, OURS
 from .peers import PEERS
 from .records import Results
 from .suite import DTYPES, PASSES, Plan, run
-from .table import build_table
 from .timing import Effort
 from .workloads import CANONICAL, WORKLOADS, select
 
 # Each is a module with a main; without one of these names, the suite itself runs.
-COMMANDS = ("models", "seed", "compare", "report", "figures", "readme")
+COMMANDS = ("models", "seed", "compare", "report", "readme")
 _EPILOG = f"Other commands, each with a --help of its own: {', '.join(COMMANDS)}."
 DEFAULT_WORKLOADS = [
     "seed_b1_q100",
@@ -40,9 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
-        return import_module(f".{arguments[0]}", __package__).main(arguments[1:])
+        name = arguments[0]
+        if name in ("report", "readme"):
+            return render.main(arguments[1:], name)
+        return import_module(f".{name}", __package__).main(arguments[1:])
     plan, results = _parse(arguments)
-    return results.collect(run(plan, results), build_table, lambda r: r["impl"] in OURS)
+    return results.collect(run(plan, results), render.build_table, lambda r: r["impl"] in OURS)
 
 
 def _list(names) -> str:

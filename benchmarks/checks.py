@@ -61,15 +61,6 @@ class Verdict:
         absmax = larger(self.absmax, other.absmax)
         return Verdict(errors, self.tolerances, absmax, self.queries)
 
-    def __and__(self, other: "Verdict") -> "Verdict":
-        """Of both answers, to the same queries."""
-        return Verdict(
-            self.errors | other.errors,
-            self.tolerances | other.tolerances,
-            max(self.absmax, other.absmax),
-            self.queries,
-        )
-
     def as_record(self) -> dict:
         """The ``corr`` field of a record."""
         return {

@@ -8,7 +8,6 @@ Files of two machines, or of one machine under another load, are compared with -
 time is then taken in units of that implementation's in the same file.
 """
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,25 +50,16 @@ def ratio_of_medians(before: list[np.ndarray], after: list[np.ndarray]) -> Ratio
     return Ratio(float(estimate), float(low), float(high))
 
 
-class Comparison(NamedTuple):
-    implementation: str
-    case: tuple[str, str, str]
-    ratio: Ratio | None  # None where one of the times does not count
-    verdict: str  # "slower", "wrong", "faster" or ""
-
-    @property
-    def is_failure(self) -> bool:
-        return self.verdict in ("slower", "wrong")
-
-
 def compare(
     before: list[dict],
     after: list[dict],
     implementations: list[str],
     threshold: float,
     unit: str | None = None,
-) -> list[Comparison]:
-    """Compares what both have, of the implementations named, in the order of ``after``.
+) -> list[tuple[tuple, str, Ratio | None, str]]:
+    """What both have, of the implementations named: (case, implementation, ratio, verdict).
+
+    The verdict is "slower", "wrong", "faster" or ""; what is wrong has no ratio.
 
     Args:
         threshold: the ratio above which a case is slower, and below whose inverse it is faster.
@@ -78,57 +68,37 @@ def compare(
     Raises:
         ValueError: there is nothing to compare.
     """
-    old, new = (
-        {(record["impl"], case_of(record)): record for record in latest(records)}
-        for records in (before, after)
-    )
-    comparisons = []
-    for key, record in new.items():
-        name, case = key
-        if name not in implementations or key not in old or is_absent(record):
-            continue
-        if not old[key]["ok"]:
+    old, new = ({(r["impl"], case_of(r)): r for r in latest(file)} for file in (before, after))
+    found = []
+    for (name, case), record in new.items():
+        keys = [(name, case), *([(unit, case)] if unit else [])]
+        if name not in implementations or is_absent(record) or not old.get(keys[0], {}).get("ok"):
             continue  # nothing to fall behind
         if not record["ok"]:
-            comparisons.append(Comparison(name, case, None, "wrong"))
-            continue
-        units = [(unit, case)] if unit else []
-        if any(not (key in file and file[key]["ok"]) for key in units for file in (old, new)):
-            continue
-        ratio = ratio_of_medians(*([_times(file[k]) for k in (key, *units)] for file in (old, new)))
-        slower, faster = ratio.low > threshold, ratio.high < 1 / threshold
-        comparisons.append(
-            Comparison(name, case, ratio, "slower" if slower else "faster" if faster else "")
-        )
-    if not comparisons:
+            found.append((case, name, None, "wrong"))
+        elif all(file.get(key, {}).get("ok") for key in keys for file in (old, new)):
+            times = [[np.asarray(f[k]["lat_ms"]["raw_times"]) for k in keys] for f in (old, new)]
+            ratio = ratio_of_medians(*times)
+            faster = "faster" if ratio.high < 1 / threshold else ""
+            found.append((case, name, ratio, "slower" if ratio.low > threshold else faster))
+    if not found:
         raise ValueError(f"the files share no right result of {', '.join(implementations)}")
-    return comparisons
+    return found
 
 
-def _times(record: dict) -> np.ndarray:
-    return np.asarray(record["lat_ms"]["raw_times"])
-
-
-def build_table(comparisons: list[Comparison], threshold: float, unit: str | None) -> Table:
+def build_table(comparisons: list, threshold: float, unit: str | None) -> Table:
     of = f"times over {unit}'s" if unit else "times"
     table = Table(
         title=f"after over before, of {of}; slower: above {threshold:g} with {CONFIDENCE:.0%}"
     )
-    for column in ("workload", "dtype", "pass", "implementation"):
+    for column in ("workload", "dtype", "pass", "implementation", "ratio", "interval", "verdict"):
         table.add_column(column, no_wrap=True)
-    table.add_column("ratio", justify="right")
-    table.add_column("interval", justify="right")
-    table.add_column("verdict")
-    for name, case, ratio, verdict in comparisons:
+    for case, name, ratio, verdict in comparisons:
         figures = ("-", "-")
         if ratio is not None:
             figures = f"{ratio.estimate:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}"
         style = {"slower": "red", "wrong": "red", "faster": "green"}.get(verdict, "")
         table.add_row(*case, name, *figures, Text(verdict, style=style))
-    ratios = [comparison.ratio.estimate for comparison in comparisons if comparison.ratio]
-    if ratios:
-        mean = float(np.exp(np.mean(np.log(ratios))))
-        table.caption = f"geometric mean of {len(ratios)} ratios: {mean:.3f}"
     return table
 
 
@@ -144,18 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threshold < 1:
         parser.error(f"--threshold is {options.threshold}, expected at least 1")
     try:
-        comparisons = compare(
-            read([options.before]),
-            read([options.after]),
-            options.impls,
-            options.threshold,
-            options.relative_to,
-        )
+        files = read([options.before]), read([options.after])
+        found = compare(*files, options.impls, options.threshold, options.relative_to)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    show(build_table(comparisons, options.threshold, options.relative_to))
-    return int(any(comparison.is_failure for comparison in comparisons))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    show(build_table(found, options.threshold, options.relative_to))
+    return int(any(verdict in ("slower", "wrong") for *_, verdict in found))

@@ -35,6 +35,22 @@ def device_name(env: dict) -> str:
     return env["gpu"] or env["cpu"]
 
 
+def machine(records: list[dict]) -> str:
+    """What records are of, in a line: device, versions and dates."""
+    env = records[0]["env"]
+    smi = env.get("nvidia_smi", {})
+    details = [f"driver {smi['driver_version']}"] if "driver_version" in smi else []
+    # What it may go up to: a GPU that has nothing to do yet, as when it is asked, goes slower.
+    details += [f"SM clock up to {smi['clocks.max.sm']}"] if "clocks.max.sm" in smi else []
+    details += [f"copies at {env['copy_gb_per_s']:.0f} GB/s"] if "copy_gb_per_s" in env else []
+    name = env["gpu"] or env.get("cpu") or env["plat"]
+    about = [f"{name} ({', '.join(details)})" if details else name]
+    about += [f"{env['threads']} threads"] if not env["gpu"] and "threads" in env else []
+    about += [f"{n} {env[n]}" for n in ("torch", "transformers", "triton", "commit") if n in env]
+    dates = sorted({record["ts"][:10] for record in records})
+    return ", ".join([*about, dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"])
+
+
 def slug(env: dict) -> str:
     """The device's name as part of a file name, such as ``nvidia-h200``."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(env).lower()).strip("-")

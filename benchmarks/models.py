@@ -1,33 +1,28 @@
 """``python -m benchmarks models``: whole models of transformers, as they are and on this kernel.
 
-The implementations of a case are all built first. Then they take turns step by step, each round
-in another order, in one process: what a machine does beside, its clocks and its memory, is shared
-by all. ``ratio`` is what that is for: the time of the implementation's baseline (transformers
+A case's implementations are all built first; then they take turns step by step, each round in
+another order, in one process, so that all share what a machine does beside, its clocks and its
+memory. ``ratio`` is what that is for: the time of an implementation's baseline (transformers
 without this kernel, compiled if it is) over its own, round by round, and its quartiles.
 
-A record is one model, batch size, dtype and mode under one implementation, in the fields of the
-suite's (see suite.py): ``lat_ms`` is the wall time of a whole forward, or of a whole training step
-(forward, loss, backward, optimizer), waited for; ``peak_bytes`` all memory that the model and its
-step had allocated on the GPU at their peak; ``corr`` holds the sampling operator's relative errors
-against float64 inside the model, on the model's own inputs, and ``not_finite`` names results with a
-NaN. A record has a time only if the operator ran as often as the model has attentions, through the
-implementation named. A model whose results are not finite, as half types may have it, is recorded
-as wrong; where its loss refuses them, as failed, with what that said. On a CPU half types are
-measured if --dtypes asks for them: float16 takes minutes a step without instructions for it.
+A record is of one model, batch size, dtype, mode and implementation, in the fields of the suite's
+(see suite.py): ``lat_ms`` is the wall time of a whole forward or training step (forward, loss,
+backward, optimizer); ``peak_bytes`` all that model and step had allocated on the GPU;
+``corr`` the sampling operator's errors against float64 inside the model, and ``not_finite`` names
+results with a NaN: those make a model wrong. A record has a time only if the operator ran as often
+as the model has attentions, on the implementation named.
 
-Configurations are transformers' own defaults, weights are random: no network is needed. Batch
-norms are given the statistics of a first image, without which half types overflow; sampling
-offsets are spread by about a pixel, as in the suite's workloads. transformers' Deformable DETR
-freezes a ResNet that is not timm's; deformable_detr_whole trains its last three stages, as the
-paper does.
+Configurations are transformers' defaults, weights are random: no network is needed. Batch norms are
+given the statistics of a first image, without which half types overflow; sampling offsets are
+spread by about a pixel, as in the suite's workloads. transformers freezes a ResNet that is not
+timm's; deformable_detr_whole trains its last three stages, as the paper does. On a CPU float16
+takes minutes a step without instructions for it.
 """
 
 import argparse
 import copy
 import gc
 import importlib.metadata
-import logging
-import os
 import statistics
 import sys
 import time
@@ -41,17 +36,15 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from kernels import LayerRepository, Mode, kernelize, use_kernel_mapping
 from torch import nn
 from tqdm import tqdm
 
 from . import environment
 from .checks import TOLERANCES, load_reference
-from .implementations import FUSED, KERNEL, REPOSITORY, ROOT, get_project_kernel
-from .peers import COMMUNITY
+from .implementations import FUSED, KERNEL, get_project_kernel
 from .records import Results, failed
+from .render import build_table
 from .suite import DTYPES
-from .table import build_models_table
 from .timing import Effort, summarize, timed_call
 from .workloads import select
 
@@ -77,83 +70,52 @@ class Model:
     train_backbone: bool = False  # all but the ResNet's stem and first stage
 
 
-_DEFORMABLE_DETR = {
-    "backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]},
-    "num_labels": 91,
-}
+_DETR = ("DeformableDetrConfig", "DeformableDetrForObjectDetection")
+_STAGES = {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]}
+_DETR_SETTINGS = {"backbone_config": _STAGES, "num_labels": 91}
+_PLAIN, _WITH_POINTS = "multi_scale_deformable_attention", "multi_scale_deformable_attention_v2"
 MODELS = {
-    "deformable_detr": Model(
-        "DeformableDetrConfig",
-        "DeformableDetrForObjectDetection",
-        _DEFORMABLE_DETR,
-        image=(800, 1333),
-        attentions=12,
-    ),
+    "deformable_detr": Model(*_DETR, _DETR_SETTINGS, (800, 1333), 12),
     "rt_detr": Model("RTDetrConfig", "RTDetrForObjectDetection", {"num_labels": 80}),
     "mask2former": Model(
-        "Mask2FormerConfig",
-        "Mask2FormerForUniversalSegmentation",
-        {"num_labels": 80},
-        image=(1024, 1024),
-        function="multi_scale_deformable_attention",
+        *("Mask2FormerConfig", "Mask2FormerForUniversalSegmentation", {"num_labels": 80}),
+        *((1024, 1024), 6, _PLAIN),
         masks=True,
     ),
     "d_fine": Model(
-        "DFineConfig",
-        "DFineForObjectDetection",
+        *("DFineConfig", "DFineForObjectDetection"),
         {"num_labels": 80, "decoder_n_points": [3, 6, 3]},
-        function="multi_scale_deformable_attention_v2",
+        function=_WITH_POINTS,
     ),
-    "rf_detr": Model(
-        "RfDetrConfig",
-        "RfDetrForObjectDetection",
-        {"num_labels": 91},
-        image=(560, 560),
-        attentions=3,
-    ),
-    "deformable_detr_whole": Model(
-        "DeformableDetrConfig",
-        "DeformableDetrForObjectDetection",
-        _DEFORMABLE_DETR,
-        image=(800, 1333),
-        attentions=12,
-        train_backbone=True,
-    ),
+    "rf_detr": Model("RfDetrConfig", "RfDetrForObjectDetection", {"num_labels": 91}, (560, 560), 3),
+    "deformable_detr_whole": Model(*_DETR, _DETR_SETTINGS, (800, 1333), 12, train_backbone=True),
 }
 
 
 @dataclass(frozen=True)
 class Implementation:
     tags: dict[str, str]
-    repository: str | None = None  # whose operator takes the place of transformers'
-    fused: bool = False  # the attention as a whole, not the sampling alone
+    ours: bool = False  # this project's operator takes the place of transformers'
+    fused: bool = False  # and that of the attention as a whole, not of the sampling alone
     compiled: bool = False  # as torch.compile(mode="reduce-overhead") does: with CUDA graphs
     baseline: str | None = None  # what its speed-up is over
 
 
+def _implementation(ours: bool, fused: bool, compiled: bool) -> Implementation:
+    backend = "compiled" if compiled else "native" if ours else "eager"
+    tags = {"family": "hf-kernels" if ours else "transformers", "backend": backend}
+    baseline = EAGER_COMPILED if ours and compiled else EAGER if ours or compiled else None
+    return Implementation(tags, ours, fused, compiled, baseline)
+
+
 EAGER = "eager"
 EAGER_COMPILED = "eager_compiled"
-FUSED_COMPILED = f"{FUSED}_compiled"
-_NATIVE = {"family": "hf-kernels", "backend": "native"}
-_COMPILED = {"family": "hf-kernels", "backend": "compiled"}
 IMPLEMENTATIONS = {
-    EAGER: Implementation({"family": "transformers", "backend": "eager"}),
-    # As use_in_transformers(model) has it, and as kernelize(model) does.
-    FUSED: Implementation(_NATIVE, REPOSITORY, fused=True, baseline=EAGER),
-    KERNEL: Implementation(_NATIVE, REPOSITORY, baseline=EAGER),
-    EAGER_COMPILED: Implementation(
-        {"family": "transformers", "backend": "compiled"}, compiled=True, baseline=EAGER
-    ),
-    FUSED_COMPILED: Implementation(
-        _COMPILED, REPOSITORY, fused=True, compiled=True, baseline=EAGER_COMPILED
-    ),
-    f"{KERNEL}_compiled": Implementation(
-        _COMPILED, REPOSITORY, compiled=True, baseline=EAGER_COMPILED
-    ),
-    "kernels_community": Implementation(_NATIVE, COMMUNITY, baseline=EAGER),
+    f"{name}{'_compiled' * compiled}": _implementation(name != EAGER, name == FUSED, compiled)
+    for compiled in (False, True)
+    for name in (EAGER, FUSED, KERNEL)
 }
-
-OURS = [name for name, item in IMPLEMENTATIONS.items() if item.repository == REPOSITORY]
+OURS = [name for name, item in IMPLEMENTATIONS.items() if item.ours]
 
 
 @dataclass(frozen=True)
@@ -295,36 +257,12 @@ class Compiler:
         return torch._inductor.compile(graph, inputs, {"triton.cudagraphs": True})
 
 
-def place(
-    implementation: Implementation, case: Case, model: nn.Module, device: torch.device
-) -> Callable[[], AbstractContextManager]:
-    """Puts the model on an implementation's operator, in the contexts that it returns.
-
-    Raises:
-        RuntimeError: transformers' own is still in its place.
-        ValueError: the repository has none for this model.
-    """
-    spec, repository = MODELS[case.model], implementation.repository
-    if repository is None:
+def place(implementation: Implementation, model: nn.Module) -> Callable[[], AbstractContextManager]:
+    """The contexts in which the model runs on an implementation's operator."""
+    if not implementation.ours:
         return nullcontext
-    if implementation.fused or spec.function:
-        if repository != REPOSITORY:
-            raise ValueError(f"{repository} has a layer only, expected a function for {case.model}")
-        integrations = get_project_kernel().integrations
-        return partial(integrations.use_in_transformers, model, fuse=implementation.fused)
-    os.environ.setdefault("LOCAL_KERNELS", f"{REPOSITORY}={ROOT}")
-    layer = LayerRepository(repository, layer_name=LAYER, revision="v1", trust_remote_code=True)
-    mode = Mode.TRAINING if case.mode == "training" else Mode.INFERENCE
-    if implementation.compiled:
-        mode |= Mode.TORCH_COMPILE
-    # It warns of each activation that it has no kernel for.
-    logging.getLogger("kernels.layer").setLevel(logging.ERROR)
-    with use_kernel_mapping({LAYER: {device.type: layer}}, inherit_mapping=False):
-        kernelize(model, mode=mode, device=device.type)
-    for module in _layers(model):
-        if "transformers" in module.forward.__func__.__module__:
-            raise RuntimeError(f"{case.model} keeps transformers' layer, expected {repository}'s")
-    return nullcontext
+    in_use = get_project_kernel().integrations.use_in_transformers
+    return partial(in_use, model, fuse=implementation.fused)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -440,10 +378,13 @@ class Subject:
         self.device = device
         model = build(case, device)
         inputs = make_inputs(case, device)
-        self._context = place(implementation, case, model, device)
+        self._context = place(implementation, model)
         self._step = make_step(case, model, model, inputs)
         observer = Observer()
         with self._context(), observer.watch(case, model, implementation.fused):
+            for layer in _layers(model) if implementation.ours else ():
+                if not implementation.fused and "transformers." in layer.forward.__module__:
+                    raise RuntimeError(f"{case.model} keeps transformers' layer")
             self._step()
         if observer.calls != MODELS[case.model].attentions:
             raise RuntimeError(
@@ -460,7 +401,7 @@ class Subject:
             outputs, self.first_ms = timed_call(self._step, device)
         wrong = not_finite(model, outputs)
         del outputs
-        if implementation.compiled and bool(compiler.calls) != bool(implementation.repository):
+        if implementation.compiled and bool(compiler.calls) != implementation.ours:
             raise RuntimeError(f"{compiler.calls} calls of {KERNEL} were compiled")
         self.warmup = 4 if on_gpu else 2
         if on_gpu:
@@ -617,7 +558,7 @@ def main(arguments: list[str] | None = None) -> int:
     effort = Effort(options.reps, budget_ms=2000, min_reps=10 if cuda else 3, max_reps=30)
     return results.collect(
         run(cases, implementations, device, effort, results),
-        build_models_table,
+        build_table,
         lambda r: r["impl"] in OURS,
     )
 

@@ -36,8 +36,6 @@ class Operator(NamedTuple):
     takes_logits: bool = False
     # Where it takes offsets, so that its second gradient is theirs: that, of the locations'.
     of_offsets: Callable[[torch.Tensor], torch.Tensor] | None = None
-    # Whether autograd goes through forward.
-    differentiable: bool = True
     # The inputs that the arranged tensors stand for, in float64, where rounding these makes them
     # others than those of the workload.
     meaning: Callable[[Inputs], Inputs] | None = None
@@ -51,39 +49,12 @@ class Operator(NamedTuple):
         arguments = self.arrange(inputs)
         if self.backward is not None:
             return lambda grad_output: self.backward(*arguments, grad_output)
-        arguments, leaves = _require_gradients(arguments)
+        floating = [x.detach().requires_grad_() if x.is_floating_point() else x for x in arguments]
+        leaves, arguments = [x for x in floating if x.requires_grad], floating
         output = self.forward(*arguments)
         return lambda grad_output: torch.autograd.grad(
             output, leaves, grad_output, retain_graph=True
         )
-
-    def prepare_step(self, inputs: Inputs) -> Callable[[torch.Tensor], tuple[torch.Tensor, tuple]]:
-        """A function of grad_output that does a forward and its backward.
-
-        It returns the output and the gradients of the arranged floating-point tensors.
-        """
-        arguments = self.arrange(inputs)
-        if not self.differentiable:
-            return lambda grad_output: (
-                self.forward(*arguments),
-                self.backward(*arguments, grad_output),
-            )
-        arguments, leaves = _require_gradients(arguments)
-
-        def step(grad_output):
-            output = self.forward(*arguments)
-            return output.detach(), torch.autograd.grad(output, leaves, grad_output)
-
-        return step
-
-
-def _require_gradients(tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The tensors, those of floating point new leaves of autograd; and these leaves."""
-    tensors = [
-        tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
-        for tensor in tensors
-    ]
-    return tensors, [tensor for tensor in tensors if tensor.requires_grad]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ None is installed by requirements.txt. A peer is timed from its Python entry on,
 in the form it wants; what it does not offer is recorded as unsupported.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 
@@ -17,74 +18,84 @@ IM2COL_STEP = 64  # what the models pass
 COMMUNITY = "kernels-community/deformable-detr"
 
 
-def _equal_points(workload: Workload) -> int:
-    if not isinstance(workload.points, int):
-        raise Unsupported(f"points is {workload.points}, expected one number for all levels")
-    return workload.points
+def _peer(family: str, backend: str, find: Callable[[], object], load: Callable) -> Implementation:
+    """``load`` makes what ``find`` has found, and a workload, into an operator."""
+    find = cache(find)
+
+    def load_equal_points(workload: Workload) -> Operator:
+        if not isinstance(workload.points, int):
+            raise Unsupported(f"points is {workload.points}, expected one number for all levels")
+        return load(find(), workload)
+
+    return Implementation({"family": family, "backend": backend}, load_equal_points, find)
 
 
-def _without_bfloat16(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    if inputs.value.dtype == torch.bfloat16:
-        raise Unsupported("value is torch.bfloat16, expected float16, float32 or float64")
-    return tuple(inputs)
+def _named(module: str, name: str) -> Callable[[], object]:
+    return lambda: getattr(import_module(module), name)
 
 
-# ---------------------------------------------------------------- kernels-community/deformable-detr
+def _in_dtypes(*dtypes: torch.dtype) -> Callable[[Inputs], tuple[torch.Tensor, ...]]:
+    """An ``Operator.arrange`` that refuses a value of any other."""
+
+    def arrange(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        if inputs.value.dtype not in dtypes:
+            raise Unsupported(f"value is {inputs.value.dtype}, expected one of {dtypes}")
+        return tuple(inputs)
+
+    return arrange
 
 
-@cache
-def _find_community():
-    """From LOCAL_KERNELS, else from the Hub, as ``kernels`` trusts it."""
-    return get_kernel(COMMUNITY, version=1)
+_WITHOUT_BFLOAT16 = _in_dtypes(torch.float16, torch.float32, torch.float64)
+_WITHOUT_FLOAT64 = _in_dtypes(torch.float16, torch.bfloat16, torch.float32)
 
 
-def _load_community(workload: Workload) -> Operator:
-    _equal_points(workload)
-    kernel = _find_community()
+def _load_community(kernel, workload: Workload) -> Operator:
     return Operator(
         lambda *arguments: kernel.ms_deform_attn_forward(*arguments, IM2COL_STEP),
         lambda *arguments: kernel.ms_deform_attn_backward(*arguments, IM2COL_STEP),
-        differentiable=False,
     )
 
 
-# --------------------------------------------------------------------------------------------- mmcv
+def _load_mmcv(function, workload: Workload) -> Operator:
+    return Operator(lambda *tensors: function.apply(*tensors, IM2COL_STEP), None, _WITHOUT_BFLOAT16)
 
 
-@cache
-def _find_mmcv():
-    return import_module("mmcv.ops.multi_scale_deform_attn").MultiScaleDeformableAttnFunction
+def _load_msda_triton(function, workload: Workload) -> Operator:
+    def forward(value, spatial_shapes, level_start_index, locations, weights):
+        return function(value, spatial_shapes, locations, weights, "zeros", False).flatten(2)
+
+    return Operator(forward, arrange=_WITHOUT_BFLOAT16)
 
 
-def _load_mmcv(workload: Workload) -> Operator:
-    _equal_points(workload)
-    function = _find_mmcv()
-    return Operator(
-        lambda *arguments: function.apply(*arguments, IM2COL_STEP), arrange=_without_bfloat16
-    )
+def _load_deformops(registry, workload: Workload, fp32_sums: bool) -> Operator:
+    """Its Triton kernels: which sums the gradient of value is in, is told to it."""
+    options = {"backend": registry.Backend.TRITON, "fp32acc": fp32_sums}
+    return Operator(partial(registry.msda, **options), arrange=_WITHOUT_FLOAT64)
+
+
+def _load_libreyolo(function, workload: Workload) -> Operator:
+    def forward(value, spatial_shapes, level_start_index, locations, weights):
+        output = function(value, spatial_shapes, locations, weights)
+        if output is None:  # where its caller would go another way
+            raise Unsupported("forward on a GPU only, up to 128 channels")
+        return output
+
+    return Operator(forward, arrange=_WITHOUT_FLOAT64)
 
 
 # -------------------------------------------------------------------------------------------- DCNv4
 
 
-@cache
-def _find_dcnv4():
-    return import_module("DCNv4.functions").FlashDeformAttnFunction
-
-
-def _load_dcnv4(workload: Workload) -> Operator:
+def _load_dcnv4(function, workload: Workload) -> Operator:
     """Locations and logits come in one tensor, and the softmax is part of the call."""
-    points = _equal_points(workload)
-    if points not in (4, 8) or len(workload.shapes) > 5:
+    points, levels = workload.points, len(workload.shapes)
+    if points not in (4, 8) or levels > 5:
         # It is compiled for no others, and does not say so.
-        raise Unsupported(
-            f"points is {points} in {len(workload.shapes)} levels, expected 4 or 8 in at most 5"
-        )
-    function = _find_dcnv4()
+        raise Unsupported(f"points is {points} in {levels} levels, expected 4 or 8 in at most 5")
     return Operator(
         forward=lambda *arguments: function.apply(*arguments, IM2COL_STEP, points),
         arrange=_with_logits,
-        gradients=partial(_without_logits, levels=len(workload.shapes), points=points),
+        gradients=partial(_without_logits, levels=levels, points=points),
         takes_logits=True,
         meaning=_of_logits,
     )
@@ -116,43 +127,41 @@ def _without_logits(
     grad_value, grad_both = gradients
     samples = levels * points
     grad_locations, grad_logits = grad_both.split((2 * samples, samples), -1)
-    return (
-        grad_value,
-        grad_locations.unflatten(-1, (levels, points, 2)),
-        grad_logits.unflatten(-1, (levels, points)),
-    )
-
-
-# -------------------------------------------------------------------------------------- msda_triton
-
-
-@cache
-def _find_triton():
-    # Not the package's own entry: that falls back to grid_sample without a word.
-    return import_module("msda_triton.frontend").triton_multiscale_deformable_attention
-
-
-def _load_triton(workload: Workload) -> Operator:
-    _equal_points(workload)
-    function = _find_triton()
-
-    def forward(value, spatial_shapes, level_start_index, locations, weights):
-        return function(value, spatial_shapes, locations, weights, "zeros", False).flatten(2)
-
-    return Operator(forward, arrange=_without_bfloat16)
+    grad_locations = grad_locations.unflatten(-1, (levels, points, 2))
+    return grad_value, grad_locations, grad_logits.unflatten(-1, (levels, points))
 
 
 # ---------------------------------------------------------------------------------------------- all
 
+_DEFORMOPS = partial(_peer, "deformops", "triton", lambda: import_module("deformops.registry"))
+_TRITON_MSDA = "libreyolo.kernels.attention.ms_deform_attn_triton"
 PEERS = {
-    "kernels_community": Implementation(
-        {"family": "hf-kernels", "backend": "native"}, _load_community, _find_community
+    # From LOCAL_KERNELS, else from the Hub, as ``kernels`` trusts it.
+    "kernels_community": _peer(
+        "hf-kernels", "native", lambda: get_kernel(COMMUNITY, version=1), _load_community
     ),
-    "mmcv": Implementation({"family": "mmcv", "backend": "native"}, _load_mmcv, _find_mmcv),
-    "dcnv4_flash": Implementation(
-        {"family": "dcnv4", "backend": "native"}, _load_dcnv4, _find_dcnv4
+    "mmcv": _peer(
+        *("mmcv", "native"),
+        _named("mmcv.ops.multi_scale_deform_attn", "MultiScaleDeformableAttnFunction"),
+        _load_mmcv,
     ),
-    "msda_triton": Implementation(
-        {"family": "msda-triton", "backend": "triton"}, _load_triton, _find_triton
+    "dcnv4_flash": _peer(
+        "dcnv4", "native", _named("DCNv4.functions", "FlashDeformAttnFunction"), _load_dcnv4
+    ),
+    "torch_ms_deform_attn": _peer(
+        *("torch-ms-deform-attn", "native"),
+        _named("torch_ms_deform_attn", "ms_deform_attn"),
+        lambda function, workload: Operator(function),
+    ),
+    # Not the package's own entry: that falls back to grid_sample without a word.
+    "msda_triton": _peer(
+        *("msda-triton", "triton"),
+        _named("msda_triton.frontend", "triton_multiscale_deformable_attention"),
+        _load_msda_triton,
+    ),
+    "deformops": _DEFORMOPS(partial(_load_deformops, fp32_sums=False)),
+    "deformops_fp32_sums": _DEFORMOPS(partial(_load_deformops, fp32_sums=True)),
+    "libreyolo_triton": _peer(
+        "libreyolo", "triton", _named(_TRITON_MSDA, "triton_ms_deform_attn"), _load_libreyolo
     ),
 }

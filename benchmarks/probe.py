@@ -36,12 +36,10 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # in dis
 
 
 def traffic_bytes(inputs: Inputs, pass_name: str) -> int:
-    """What a forward, a backward or both have to move: inputs once, and results once.
+    """What a forward or a backward has to move: inputs once, and results once.
 
     The backward's inputs are the forward's and grad_output, its results three gradients.
     """
-    if pass_name == "forward_backward":
-        return traffic_bytes(inputs, "forward") + traffic_bytes(inputs, "backward")
     batch, queries, heads = inputs.sampling_locations.shape[:3]
     channels = inputs.value.shape[-1]
     output_bytes = batch * queries * heads * channels * inputs.value.element_size()

@@ -1,7 +1,11 @@
-"""Files of records, one JSON object a line: written as they come, so that an end loses nothing."""
+"""Files of records, one JSON object a line: written as they come, so that an end loses nothing.
+
+Those in results/ have what pages and ``compare`` need: see ``publish``.
+"""
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +23,8 @@ ABSENT = ("Unavailable", "Unsupported")
 def read(files: Iterable[Path]) -> list[dict]:
     """The records of all files, in their order.
 
+    A record without ``env`` has that of the one before it.
+
     Raises:
         ValueError: a line is no JSON object.
     """
@@ -26,15 +32,67 @@ def read(files: Iterable[Path]) -> list[dict]:
     for file in files:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number}: {error}") from error
+            if records and "env" in records[-1]:
+                record.setdefault("env", records[-1]["env"])
+            records.append(record)
     return records
+
+
+_WORKLOAD = ("name", "dtype", "pass")
+_ENVIRONMENT = (
+    "torch cuda gpu cpu device threads nvidia_smi copy_gb_per_s transformers triton commit"
+)
+_RESULT = "peak_bytes ok err floor_ms ceiling_ms images_per_s ratio"
+
+
+def publish(file: Path, check: bool = False) -> bool:
+    """Takes from a file in results/ what no page and no command needs; True if there was some.
+
+    Times of single calls stay in guard-*, which ``compare`` reads, and in .local files. Of a file
+    whose name ends in -accuracy, errors are what is read. Numbers keep five digits.
+    """
+    before = read([file])
+    if file.name.startswith("guard-") or ".local" in file.name:
+        return False
+    if not all("impl" in record for record in before):  # of a script of its own
+        return False
+    lines, env = [], None
+    for record in before:
+        kept = {"ts": record["ts"], "impl": record["impl"]}
+        kept["wl"] = {name: record["wl"][name] for name in _WORKLOAD if name in record["wl"]}
+        described = {n: record["env"][n] for n in _ENVIRONMENT.split() if n in record["env"]}
+        if described != env:
+            env = kept["env"] = described
+        if file.stem.endswith("-accuracy"):
+            kept["corr"] = {"error": record["corr"].get("error", {})}
+        else:
+            times = record.get("lat_ms") or {}
+            kept["lat_ms"] = {n: times[n] for n in ("p50", "iqr", "sets") if n in times} or None
+            kept |= {name: record[name] for name in _RESULT.split() if name in record}
+            corr = record.get("corr") or {}
+            kept["corr"] = {n: corr[n] for n in ("error", "tolerance", "not_finite") if n in corr}
+        lines.append(json.dumps(_rounded(kept)))
+    text = "\n".join([*lines, ""])
+    if text == file.read_text(encoding="utf-8"):
+        return False
+    if not check:
+        file.write_text(text, encoding="utf-8")
+    return True
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def case_of(record: dict) -> tuple[str, str, str]:
     """(workload, dtype, pass): records of the same case can be compared."""
-    return tuple(record["wl"][field] for field in ("name", "dtype", "pass"))
+    workload = record["wl"]
+    return workload["name"], workload["dtype"], workload.get("pass", "call")
 
 
 def is_absent(record: dict) -> bool:
@@ -44,6 +102,19 @@ def is_absent(record: dict) -> bool:
 def latest(records: Iterable[dict]) -> list[dict]:
     """Of records of the same implementation and case the last, in the order of the first."""
     return list({(record["impl"], case_of(record)): record for record in records}.values())
+
+
+def error_of(record: dict) -> str:
+    """Of the tensor furthest from its tolerance, a NaN being furthest; or what was in the way."""
+    if record["err"] is not None:
+        reason = f"{record['err']['type']}: {record['err']['msg']}".splitlines()[0]
+        return reason[0].lower() + reason[1:] if is_absent(record) else f"failed: {reason}"
+    corr, worst = record["corr"], (-1.0, f"off by {record.get('absmax') or 0:.0e}")
+    for name, error in corr.get("error", {}).items():
+        share = error / corr["tolerance"][name]
+        worst = max(worst, (math.inf if share != share else share, f"{error:.0e} in {name}"))
+    text = f"{corr['not_finite'][0]} is not finite" if corr.get("not_finite") else worst[1]
+    return text if record["ok"] else f"WRONG: {text}"
 
 
 def failed(error: Exception, kind: str | None = None) -> dict:
@@ -66,21 +137,6 @@ def command(name: str, description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def command_on_files(name: str, description: str) -> argparse.ArgumentParser:
-    """A command that makes a folder's files of records."""
-    parser = command(name, description)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    return parser
-
-
-def check_one_device(records: Iterable[dict]) -> None:
-    """Raises ValueError where records are of several devices, and so not to be compared."""
-    devices = sorted({environment.device_name(r["env"]) for r in records if "cpu" in r["env"]})
-    if len(devices) > 1:
-        raise ValueError(f"the records are of {', '.join(devices)}, expected one device")
 
 
 class Results:

@@ -2,27 +2,20 @@
 
 huggingface/kernels-benchmarks times Deformable DETR's operator in four small workloads; this
 measures the same in the same way, so that the two ``deformable_detr.jsonl`` can stand side by side:
-
-* inputs are drawn on the device, with seed 0, weights rand divided by their sum over the points of
-  a level, the dtype float32;
-* torch.utils.benchmark.Timer times one call (``compile_ms``), then two to warm up, then five calls
-  by themselves, each waited for (and each preceded by what the Timer calls first; on one thread of
-  a CPU);
-* quantiles are the sorted time at int(q * (n - 1)); ``peak_bytes`` is of the process;
-* an answer is right if torch.allclose to the eager function in the same dtype, with rtol and atol
-  1e-5 (half types 3e-3 and 5e-3), and finite;
-* an implementation that raises has a record that says so;
-* what is compiled has the tag "cuda", whatever it runs on.
+inputs are drawn on the device with seed 0, weights rand over their sum over a level's points;
+torch.utils.benchmark.Timer times one call (``compile_ms``), then two to warm up, then five by
+themselves, each waited for; quantiles are the sorted time at int(q * (n - 1)); ``peak_bytes`` is of
+the process; an answer is right if finite and torch.allclose to the eager function in the same
+dtype, with rtol and atol 1e-5 (half types 3e-3 and 5e-3); what is compiled has the tag "cuda",
+whatever it runs on.
 
 ``kernels_benchmarks.md`` is the page that measures this kernel there: it goes to that project's
-``benches/deformable_detr/impls``.
-
-The suite (``python -m benchmarks``) is the better measurement: device time, a cold L2, float64.
+``benches/deformable_detr/impls``. The suite (``python -m benchmarks``) is the better measurement:
+device time, a cold L2, float64.
 """
 
 import json
 import statistics
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,15 +23,13 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from rich.table import Table
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from . import environment
 from .implementations import BASELINE, IMPLEMENTATIONS, KERNEL, seed_eager
-from .peers import COMMUNITY
 from .records import command, failed, read, show
-from .table import format_ms
+from .render import build_table
 from .workloads import WORKLOADS, select
 
 REPS, WARMUP = 5, 2
@@ -58,24 +49,12 @@ def workloads(dtype: str, device: torch.device) -> list[dict]:
     described = []
     for batch, queries in product((1, 2), (100, 300)):
         sizes = WORKLOADS[f"seed_b{batch}_q{queries}"]
-        levels = len(sizes.shapes)
-        embed = sizes.heads * sizes.channels
-        described.append(
-            {
-                "name": f"{device.type}_B{batch}_Q{queries}_H{sizes.heads}_E{embed}_L{levels}"
-                f"_P{sizes.points}",
-                "batch_size": batch,
-                "num_queries": queries,
-                "num_heads": sizes.heads,
-                "embed_dim": embed,
-                "num_levels": levels,
-                "num_points": sizes.points,
-                "spatial_shapes": [list(shape) for shape in sizes.shapes],
-                "dtype": dtype,
-                "device": device.type,
-                "seed": 0,
-            }
-        )
+        heads, embed, levels = sizes.heads, sizes.heads * sizes.channels, len(sizes.shapes)
+        name = f"{device.type}_B{batch}_Q{queries}_H{heads}_E{embed}_L{levels}_P{sizes.points}"
+        fields = {"name": name, "batch_size": batch, "num_queries": queries, "num_heads": heads}
+        fields |= {"embed_dim": embed, "num_levels": levels, "num_points": sizes.points}
+        fields |= {"spatial_shapes": [list(shape) for shape in sizes.shapes]}
+        described.append(fields | {"dtype": dtype, "device": device.type, "seed": 0})
     return described
 
 
@@ -103,9 +82,7 @@ def compare(output: torch.Tensor, expected: torch.Tensor) -> dict:
     close = torch.allclose(output, expected, rtol=rtol, atol=atol)
     return {
         "ok": close and bool(output.isfinite().all()),
-        "rtol": rtol,
-        "atol": atol,
-        "absmax": float(difference.abs().max()),
+        **{"rtol": rtol, "atol": atol, "absmax": float(difference.abs().max())},
         "mae": float(difference.abs().mean()),
         "mse": float(difference.square().mean()),
         "ref": "deformable_detr_torch",
@@ -124,52 +101,31 @@ def measure(function: Callable, inputs: tuple[torch.Tensor, ...], expected: torc
     p10, p25, p50, p75, p90 = (
         sorted(times)[int(q * (REPS - 1))] for q in (0.10, 0.25, 0.50, 0.75, 0.90)
     )
+    spread = {"mean": statistics.fmean(times), "iqr": p75 - p25, "raw_times": times}
+    counts = {"has_warnings": p75 - p25 > 0.1 * p50, "reps": REPS, "warmup": WARMUP}
     return {
-        "lat_ms": {
-            "p10": p10,
-            "p50": p50,
-            "p90": p90,
-            "mean": statistics.fmean(times),
-            "iqr": p75 - p25,
-            "raw_times": times,
-            "has_warnings": p75 - p25 > 0.1 * p50,
-            "reps": REPS,
-            "warmup": WARMUP,
-        },
+        "lat_ms": {"p10": p10, "p50": p50, "p90": p90, **spread, **counts},
         "compile_ms": compile_ms,
         "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        "ok": corr["ok"],
-        "absmax": corr["absmax"],
-        "corr": corr,
-        "err": None,
+        **{"ok": corr["ok"], "absmax": corr["absmax"], "corr": corr, "err": None},
     }
 
 
 def run(names: list[str], dtype: str, device: torch.device) -> Iterator[dict]:
     """Yields a record for every workload and implementation."""
-    run_id = uuid.uuid4().hex
-    described = environment.describe(device)
+    run_id, described = uuid.uuid4().hex, environment.describe(device)
     env = {field: described[field] for field in ENV_FIELDS}
-    with tqdm(total=4 * len(names), unit="row", dynamic_ncols=True) as progress:
-        for workload in workloads(dtype, device):
-            inputs = make_inputs(workload)
-            expected = seed_eager(*inputs)
-            for name in names:
-                progress.set_description(f"{workload['name']}: {name}")
-                try:
-                    result = measure(_load(name, workload), inputs, expected)
-                except Exception as error:
-                    result = failed(error)
-                yield {
-                    "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    "run": run_id,
-                    "impl": name,
-                    "tags": tags(name),
-                    "wl": workload,
-                    "env": env,
-                    **result,
-                }
-                progress.update()
+    for workload, name in tqdm([*product(workloads(dtype, device), names)], dynamic_ncols=True):
+        inputs = make_inputs(workload)
+        sizes = WORKLOADS[f"seed_b{workload['batch_size']}_q{workload['num_queries']}"]
+        try:  # a function of the five tensors; there is no graph, as there
+            function = IMPLEMENTATIONS[NAMES[name]].load(sizes).forward
+            result = measure(function, inputs, seed_eager(*inputs))
+        except Exception as error:
+            result = failed(error)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        head = {"ts": now, "run": run_id, "impl": name, "tags": tags(name)}
+        yield {**head, "wl": workload, "env": env, **result}
 
 
 def tags(name: str) -> dict:
@@ -178,56 +134,11 @@ def tags(name: str) -> dict:
     return {**own, "backend": "cuda"} if own["backend"] == "native" else own
 
 
-def _load(name: str, workload: dict) -> Callable:
-    """A function of the five tensors; there is no graph, as there."""
-    sizes = WORKLOADS[f"seed_b{workload['batch_size']}_q{workload['num_queries']}"]
-    return IMPLEMENTATIONS[NAMES[name]].load(sizes).forward
-
-
-def build_table(records: list[dict]) -> Table:
-    """A row per workload and implementation; speed-ups are over torch_eager's row."""
-    env = records[0]["env"]
-    table = Table(title=f"{env['gpu'] or env['plat']}, torch {env['torch']}: call latency")
-    table.add_column("workload", no_wrap=True)
-    table.add_column("implementation", no_wrap=True)
-    for column in ("p50", "IQR", "speed-up"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("ok")
-    eager = {r["wl"]["name"]: r for r in records if r["impl"] == "torch_eager"}
-    for record in records:
-        figures = ["-"] * 3
-        if record["err"]:
-            ok = f"{record['err']['type']}: {record['err']['msg']}".splitlines()[0]
-        else:
-            ok = "yes" if record["ok"] else f"WRONG: off by {record['absmax']:.0e}"
-            median = record["lat_ms"]["p50"]
-            figures[:2] = format_ms(median), format_ms(record["lat_ms"]["iqr"])
-            baseline = eager.get(record["wl"]["name"])
-            if record["ok"] and baseline and baseline["ok"]:
-                figures[2] = f"{baseline['lat_ms']['p50'] / median:.2f}x"
-        table.add_row(record["wl"]["name"], record["impl"], *figures, ok)
-    return table
-
-
-def gpu_info() -> str:
-    """What nvidia-smi prints, or why it does not."""
-    try:
-        return subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi: {error}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the protocol; the exit status is 1 if this project's kernel failed or was wrong."""
     parser = command("seed", __doc__)
     default = [name for name in NAMES if name != "hf_kernels_deformable_detr"]
-    parser.add_argument(
-        "--impls",
-        nargs="+",
-        default=default,
-        metavar="NAME",
-        help=f"default: {' '.join(default)}; known: {', '.join(NAMES)} ({COMMUNITY})",
-    )
+    parser.add_argument("--impls", nargs="+", default=default, help=f"of {', '.join(NAMES)}")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("deformable_detr.jsonl"))
@@ -236,12 +147,9 @@ def main(arguments: list[str] | None = None) -> int:
         names = select(options.impls, list(NAMES))
     except ValueError as error:
         parser.error(str(error))
-    print(gpu_info())
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", encoding="utf-8") as lines:
         for record in run(names, options.dtype, torch.device(options.device)):
             print(json.dumps(record), file=lines, flush=True)
     records = read([options.out])
     show(build_table(records))
-    print(f"Written to {options.out}")
     return int(any(r["impl"] == KERNEL and not r["ok"] for r in records))

@@ -12,12 +12,11 @@ drawn from the same distribution with other seeds. Each set's result is checked 
 """
 
 import gc
-import sys
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, partial, reduce
 from itertools import product
 from typing import NamedTuple
@@ -38,16 +37,11 @@ from .workloads import WORKLOADS, Draw, draw_sets
 
 # Of values, and of locations and weights: under autocast only value is half.
 DTYPES = {
-    "float32": (torch.float32, torch.float32),
-    "float16": (torch.float16, torch.float16),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float64": (torch.float64, torch.float64),
+    **{n: (getattr(torch, n),) * 2 for n in ("float32", "float16", "bfloat16", "float64")},
     "float16_autocast": (torch.float16, torch.float32),
     "bfloat16_autocast": (torch.bfloat16, torch.float32),
 }
-# forward_backward: both under autograd, as in training. latency: of a forward call, launch and wait
-# included.
-PASSES = ("forward", "backward", "forward_backward", "latency")
+PASSES = ("forward", "backward", "latency")  # latency: of a forward, launch and wait included
 NO_LIMITS = {"floor_ms": None, "ceiling_ms": None}
 # A CPU's call that reads more inputs than this leaves nothing of them in its caches for the next:
 # there, one set does.
@@ -67,10 +61,6 @@ class Plan:
     effort: Effort
     sets: int = 1  # of inputs, at most
 
-    def __len__(self) -> int:
-        names = (self.workloads, self.dtypes, self.implementations, self.passes)
-        return len(list(product(*names)))
-
 
 class Limits:
     """What no kernel can beat on a GPU, measured on it: see probe.py."""
@@ -86,10 +76,8 @@ class Limits:
 
     def describe(self) -> dict:
         """Their part of ``env``. The rate is of bytes read and bytes written."""
-        return {
-            "copy_gb_per_s": self.bytes_per_ms / 1e6,
-            "gather_probe": self.no_ceiling or "compiled",
-        }
+        probed = self.no_ceiling or "compiled"
+        return {"copy_gb_per_s": self.bytes_per_ms / 1e6, "gather_probe": probed}
 
     def floor_ms(self, inputs: Inputs, pass_name: str) -> float:
         return probe.traffic_bytes(inputs, pass_name) / self.bytes_per_ms
@@ -100,8 +88,16 @@ class Limits:
         try:
             return probe.gather_ms(sets, workload, self.effort)
         except RuntimeError as error:  # the kernel's own figures are worth having without it
-            tqdm.write(f"no ceiling: {error}", file=sys.stderr)
+            tqdm.write(f"no ceiling: {error}")
             return None
+
+
+class Calls(NamedTuple):
+    """One pass of one implementation."""
+
+    timed: Callable[[], object]
+    checked: Callable[[], object]  # the same work, made once, first
+    judge: Callable[[object], Verdict]  # of what ``checked`` returned
 
 
 class InputSet:
@@ -122,39 +118,25 @@ class InputSet:
             self._expected_of_meaning = {operator.meaning: expected}
         return self._expected_of_meaning[operator.meaning]
 
-    def prepare(self, pass_name: str, operator: Operator) -> "Calls":
+    def prepare(self, pass_name: str, operator: Operator) -> Calls:
         expected = self.expected_of(operator)
-
-        def judge(result):
-            return expected.check_gradients(operator, result)
-
         if pass_name == "backward":
             backward = operator.prepare_backward(self.inputs)
-            return Calls(
-                timed=lambda: backward(expected.grad_output),
-                checked=lambda: backward(expected.checked_grad_output),
-                judge=judge,
-            )
-        if pass_name == "forward_backward":
-            step = operator.prepare_step(self.inputs)
-            return Calls(
-                timed=lambda: step(expected.grad_output),
-                checked=lambda: step(expected.checked_grad_output),
-                judge=lambda result: expected.check_output(result[0]) & judge(result[1]),
-            )
-        arguments = operator.arrange(self.inputs)
-
-        def forward():
-            return operator.forward(*arguments)
-
-        return Calls(timed=forward, checked=forward, judge=expected.check_output)
+            judge = partial(expected.check_gradients, operator)
+            checked = partial(backward, expected.checked_grad_output)
+            return Calls(partial(backward, expected.grad_output), checked, judge)
+        forward = partial(operator.forward, *operator.arrange(self.inputs))
+        return Calls(forward, forward, expected.check_output)
 
 
 class Case:
-    """One workload in one dtype: its inputs and what should come out."""
+    """One workload in one dtype: its inputs and what should come out.
+
+    Args:
+        draws: of the workload, on the device; on a CPU not all of them may be taken.
+    """
 
     def __init__(self, workload: str, dtype: str, draws: list[Draw], limits: Limits | None = None):
-        """``draws`` are of the workload, on the device; on a CPU not all of them may be taken."""
         self.workload = WORKLOADS[workload]
         self.device = draws[0].grad_output.device
         self.limits = limits
@@ -167,23 +149,13 @@ class Case:
         """The floor and the ceiling of a pass; None where they are not known."""
         if self.limits is None or pass_name == "latency":
             return NO_LIMITS
-        forwards = {"forward": 1, "backward": 2, "forward_backward": 3}[pass_name]
-        return {
-            "floor_ms": self.limits.floor_ms(self.sets[0].inputs, pass_name),
-            "ceiling_ms": self._gather_ms and forwards * self._gather_ms,
-        }
+        floor_ms = self.limits.floor_ms(self.sets[0].inputs, pass_name)
+        gathers = 2 if pass_name == "backward" else 1
+        return {"floor_ms": floor_ms, "ceiling_ms": self._gather_ms and gathers * self._gather_ms}
 
     @cached_property
     def _gather_ms(self) -> float | None:
         return self.limits.gather_ms([each.inputs for each in self.sets], self.workload)
-
-
-class Calls(NamedTuple):
-    """One pass of one implementation."""
-
-    timed: Callable[[], object]
-    checked: Callable[[], object]  # the same work, made once, first
-    judge: Callable[[object], Verdict]  # of what ``checked`` returned
 
 
 def run(plan: Plan, results: Results) -> Iterator[dict]:
@@ -197,66 +169,45 @@ def run(plan: Plan, results: Results) -> Iterator[dict]:
     if plan.device.type == "cuda":
         limits = Limits(plan.device, plan.effort)
         env |= limits.describe()
-    head = {"run": uuid.uuid4().hex, "env": env}
+    run_id = uuid.uuid4().hex
+
+    def record(implementation: str, case: dict, result: dict) -> dict:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        tags = IMPLEMENTATIONS[implementation].tags
+        head = {"ts": now, "run": run_id, "impl": implementation, "tags": tags}
+        return {**head, "wl": case, "env": env, **result}
+
     present = []
     for implementation in plan.implementations:
         try:
             IMPLEMENTATIONS[implementation].find()
             present.append(implementation)
         except Exception as error:  # whatever importing a foreign package may raise
-            every = {"name": "all", "dtype": "all", "pass": "all"}
+            every = dict.fromkeys(("name", "dtype", "pass"), "all")
             if not results.has(implementation, every, env):
-                yield _record(
-                    head, implementation, every, {**failed(error, "Unavailable"), **NO_LIMITS}
-                )
-    plan = replace(plan, implementations=present)
-    with tqdm(total=len(plan), unit="row", dynamic_ncols=True) as progress:
+                absent = {**failed(error, "Unavailable"), **NO_LIMITS}
+                yield record(implementation, every, absent)
+    total = len(plan.workloads) * len(plan.dtypes) * len(present) * len(plan.passes)
+    with tqdm(total=total, unit="row", dynamic_ncols=True) as progress:
         for workload in plan.workloads:
             # Inputs are drawn once, and an implementation is loaded once for each dtype (it may
             # compile), but late: what fails there is to be recorded, too.
             draw = cache(partial(draw_sets, workload, plan.device, plan.sets))
+            sizes = WORKLOADS[workload]
             for dtype in plan.dtypes:
-                prepare = cache(partial(_prepare, workload, dtype, draw, limits))
-                for implementation, pass_name, load in _loaded(plan, workload):
-                    progress.set_description(f"{workload} {dtype} {pass_name}: {implementation}")
-                    case = {
-                        "name": workload,
-                        **WORKLOADS[workload]._asdict(),
-                        "dtype": dtype,
-                        "pass": pass_name,
-                    }
-                    if not results.has(implementation, case, env):
-                        result = _measure_or_explain(prepare, load, pass_name, plan.effort)
-                        yield _record(head, implementation, case, result)
+                prepare = cache(lambda w=workload, d=dtype, draw=draw: Case(w, d, draw(), limits))
+                loads = {n: cache(partial(IMPLEMENTATIONS[n].load, sizes)) for n in present}
+                for name, pass_name in product(present, plan.passes):
+                    progress.set_description(f"{workload} {dtype} {pass_name}: {name}")
+                    case = {"name": workload, **sizes._asdict(), "dtype": dtype, "pass": pass_name}
+                    if not results.has(name, case, env):
+                        effort = plan.effort
+                        yield record(
+                            name, case, _measure_or_explain(prepare, loads[name], pass_name, effort)
+                        )
                     progress.update()
                 del prepare
                 _free_memory()
-
-
-def _loaded(plan: Plan, workload: str) -> Iterator[tuple[str, str, Callable[[], Operator]]]:
-    """Each implementation and pass, with what loads the implementation the first time."""
-    for implementation in plan.implementations:
-        load = cache(partial(IMPLEMENTATIONS[implementation].load, WORKLOADS[workload]))
-        for pass_name in plan.passes:
-            yield implementation, pass_name, load
-
-
-def _record(head: dict, implementation: str, case: dict, result: dict) -> dict:
-    return {
-        "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "run": head["run"],
-        "impl": implementation,
-        "tags": IMPLEMENTATIONS[implementation].tags,
-        "wl": case,
-        "env": head["env"],
-        **result,
-    }
-
-
-def _prepare(
-    workload: str, dtype: str, draw: Callable[[], list[Draw]], limits: Limits | None
-) -> Case:
-    return Case(workload, dtype, draw(), limits)
 
 
 def _measure_or_explain(
@@ -281,7 +232,7 @@ def _free_memory() -> None:
 def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> dict:
     on_gpu = case.device.type == "cuda"
     timed, verdicts = [], []
-    with torch.set_grad_enabled("backward" in pass_name):
+    with torch.set_grad_enabled(pass_name == "backward"):
         for inputs in case.sets:
             inputs.expected_of(operator)  # which may take memory of its own
             before = torch.cuda.memory_allocated(case.device) if on_gpu else 0
@@ -292,8 +243,7 @@ def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> 
             del result
             timed.append(calls.timed)
             if len(timed) == 1:
-                first_ms = milliseconds
-                peak_bytes = None
+                first_ms, peak_bytes = milliseconds, None
                 if on_gpu:
                     peak_bytes = case.inputs_bytes + kept + _peak(calls.timed, case.device)
             if on_gpu and (len(timed) + 1) * kept > KEPT_SHARE * _memory(case.device):
@@ -308,10 +258,7 @@ def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> 
         "lat_ms": {**summarize(times, warmup), "sets": len(timed)},
         "compile_ms": first_ms,  # as there: the first call, whatever it has to get ready
         "peak_bytes": peak_bytes,  # of inputs, a kept graph, temporaries and results
-        "ok": verdict.ok,
-        "absmax": verdict.absmax,
-        "corr": verdict.as_record(),
-        "err": None,
+        **{"ok": verdict.ok, "absmax": verdict.absmax, "corr": verdict.as_record(), "err": None},
         **case.bounds(pass_name),
     }
 

@@ -130,3 +130,18 @@ def summarize(times_ms: list[float], warmup: int) -> dict:
         "reps": len(times_ms),
         "warmup": warmup,
     }
+
+
+def format_us(milliseconds: float) -> str:
+    """Three digits in microseconds: 9.87, 12.3, 1234."""
+    microseconds = milliseconds * 1e3
+    return f"{microseconds:.0f}" if microseconds >= 99.95 else f"{microseconds:#.3g}"
+
+
+def format_ms(milliseconds: float) -> str:
+    """Three digits, in the unit that suits: 12.3 us, 4.56 ms, 7.89 s."""
+    for unit, factor in (("us", 1e3), ("ms", 1.0)):
+        # Below 999.5, three digits do not round up to 1000.
+        if milliseconds * factor < 999.5:
+            return f"{milliseconds * factor:#.3g} {unit}".replace(". ", " ")
+    return f"{milliseconds / 1e3:#.3g} s".replace(". ", " ")

@@ -1,0 +1,98 @@
+"""Whole models, small: a time is that of the implementation named, and only of a right one."""
+
+import json
+
+import pytest
+import torch
+from models import MODELS as SMALL
+from test_transformers import transformers_that_uses_kernels
+
+from benchmarks import models
+from benchmarks.__main__ import main
+from benchmarks.implementations import FUSED, KERNEL
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The models of tests/models.py in the place of real ones, by the same names."""
+    transformers_that_uses_kernels()
+    models._pretrained.cache_clear()
+    for name, real in models.MODELS.items():
+        for spec in (spec for spec in SMALL if spec.name == name):
+            settings = spec.settings | {"num_labels": 91}
+            names = (spec.config, spec.model, settings, spec.image, spec.attentions)
+            model = models.Model(*names, real.function, real.masks)
+            monkeypatch.setitem(models.MODELS, name, model)
+    yield
+    models._pretrained.cache_clear()
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(name, *options):
+        out = tmp_path / "models.jsonl"
+        out.unlink(missing_ok=True)
+        options = ("--device", "cpu", "--reps", "2", "--out", str(out), *options)
+        status = main(["models", "--models", name, *options])
+        return status, [json.loads(line) for line in out.read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["deformable_detr", "d_fine"])
+def test_models_take_turns_and_are_judged(run, name, monkeypatch):
+    steps, time = [], models.Subject.time
+    monkeypatch.setattr(models.Subject, "time", lambda s: steps.append(id(s)) or time(s))
+    modes = ("--modes", "training" if name == "d_fine" else "inference")
+    status, records = run(name, *modes, "--impls", "eager", FUSED, KERNEL)
+    first, second, third = steps[:3]
+    assert len({first, second, third}) == 3 and steps[3:6] == [second, third, first]
+    assert status == 0 and len(records) == 3
+    for record in records:
+        assert record["ok"] and record["corr"]["calls"] == models.MODELS[name].attentions
+        assert 0 < record["corr"]["error"]["operator"] < 2e-5 and not record["corr"]["not_finite"]
+        if record["impl"] == "eager":
+            eager = record["lat_ms"]["raw_times"]
+            assert record["ratio"] is None
+        else:
+            pairs = sorted(a / b for a, b in zip(eager, record["lat_ms"]["raw_times"]))
+            assert record["ratio"]["p50"] == pytest.approx(sum(pairs) / 2)
+            assert record["ratio"]["to"] == "eager" and record["ratio"]["p25"] >= pairs[0]
+
+
+def test_what_is_compiled_holds_the_kernel(run, monkeypatch):
+    """With a stand-in for Inductor."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph.forward)
+    names = ["eager_compiled", f"{FUSED}_compiled", f"{KERNEL}_compiled"]
+    status, records = run("deformable_detr", "--impls", *names)
+    assert status == 0 and all(record["ok"] for record in records)
+    assert [r["ratio"] and r["ratio"]["to"] for r in records] == [None, *["eager_compiled"] * 2]
+    monkeypatch.setattr(models, "KERNEL", "no name of an operator")
+    status, (record,) = run("deformable_detr", "--impls", f"{FUSED}_compiled")
+    assert status == 1 and record["lat_ms"] is None and "were compiled" in record["err"]["msg"]
+
+
+@pytest.mark.parametrize("implementation", [KERNEL, FUSED])
+def test_a_wrong_model_is_not_right(run, monkeypatch, implementation):
+    def doubled(self, reference, output, *arguments, original=models.Observer._compare, **options):
+        original(self, reference, 2 * output, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.Observer, "_compare", doubled)
+        status, (record,) = run("mask2former", "--impls", implementation)
+    assert status == 1 and not record["ok"] and record["corr"]["error"]["operator"] > 0.9
+    with monkeypatch.context() as patch:  # transformers' own is still in its place
+        patch.setattr(models, "place", lambda *arguments: models.nullcontext)
+        status, (record,) = run("deformable_detr", "--impls", implementation)
+    assert status == 1 and record["lat_ms"] is None
+    build = models.build
+
+    def overflow(case, device):
+        model = build(case, device)
+        for parameter in model.bbox_embed.parameters():
+            parameter.data.fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(models, "build", overflow)
+    status, (record,) = run("deformable_detr", "--impls", implementation)
+    assert status == 1 and record["corr"]["not_finite"][0] == "pred_boxes" and not record["ok"]
