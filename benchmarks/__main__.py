@@ -10,26 +10,18 @@ import torch
 from . import render
 from .implementations import BASELINE, IMPLEMENTATIONS, OURS
 from .peers import PEERS
-from .records import Results
+from .records import Results, add_names
 from .suite import DTYPES, PASSES, Plan, run
 from .timing import Effort
-from .workloads import CANONICAL, WORKLOADS, select
+from .workloads import WORKLOADS, select
 
 # Each is a module with a main; without one of these names, the suite itself runs.
 COMMANDS = ("models", "seed", "compare", "report", "readme")
 _EPILOG = f"Other commands, each with a --help of its own: {', '.join(COMMANDS)}."
-DEFAULT_WORKLOADS = [
-    "seed_b1_q100",
-    "seed_b2_q300",
-    "ddetr_encoder_b1",
-    "rtdetr_decoder_b16",
-    "mask2former_b2",
-]
+DEFAULT_WORKLOADS = "seed_b1_q100 seed_b2_q300 ddetr_encoder_b1".split()
+DEFAULT_WORKLOADS += ["rtdetr_decoder_b16", "mask2former_b2"]
 QUICK_WORKLOADS = ["seed_*", "rtdetr_decoder_b16"]
 DEFAULT_IMPLEMENTATIONS = [BASELINE, "grid_sample", *OURS]
-SETS = 3
-# Compiling takes up to half a minute a workload: not for a first look.
-CPU_IMPLEMENTATIONS = [BASELINE, "grid_sample", "grid_sample_compiled", *OURS]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,42 +40,22 @@ def main(arguments: list[str] | None = None) -> int:
     return results.collect(run(plan, results), render.build_table, lambda r: r["impl"] in OURS)
 
 
-def _list(names) -> str:
-    return ", ".join(names)
-
-
 def _parse(arguments: list[str] | None) -> tuple[Plan, Results]:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, epilog=_EPILOG)
     cuda = torch.cuda.is_available()
-
-    def names(option: str, known, default: str):
-        parser.add_argument(
-            option,
-            nargs="+",
-            metavar="NAME",
-            help=f"names, globs or all; default: {default}; known: {_list(known)}",
-        )
-
-    names("--workloads", WORKLOADS, " ".join(DEFAULT_WORKLOADS) + "; all: without scaling_*")
-    names("--impls", IMPLEMENTATIONS, " ".join(DEFAULT_IMPLEMENTATIONS) + "; on a CPU all")
-    parser.add_argument("--peers", action="store_true", help=f"and what is there of {_list(PEERS)}")
-    names("--dtypes", DTYPES, "float32; on a GPU float16 and bfloat16, too")
-    names("--passes", PASSES, "forward and backward; on a GPU latency, too")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
-    parser.add_argument("--reps", type=int, help="calls per row; default: what fits in --budget")
-    parser.add_argument(
-        "--budget", type=float, metavar="MS", help="time of a row's calls; default: 1000"
-    )
-    parser.add_argument(
-        "--sets",
-        type=int,
-        default=SETS,
-        metavar="N",
-        help="of inputs, taken in turn by the calls that are timed; default: %(default)s",
-    )
-    parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
-    parser.add_argument("--resume", action="store_true", help="skip what --out has measured")
-    parser.add_argument("--quick", action="store_true", help="a first look: small, fewer calls")
+    add_names(parser, "--workloads", WORKLOADS, " ".join(DEFAULT_WORKLOADS))
+    add_names(parser, "--impls", IMPLEMENTATIONS, " ".join(DEFAULT_IMPLEMENTATIONS))
+    add_names(parser, "--dtypes", DTYPES, "float32; on a GPU float16 and bfloat16, too")
+    add_names(parser, "--passes", PASSES, "forward and backward; on a GPU latency, too")
+    add = parser.add_argument
+    add("--peers", action="store_true", help=f"and what is there of {', '.join(PEERS)}")
+    add("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
+    add("--reps", type=int, help="calls per row; default: what fits in --budget")
+    add("--budget", type=float, metavar="MS", help="time of a row's calls; default: 1000")
+    add("--sets", type=int, default=3, help="of inputs that calls take in turn; default: 3")
+    add("--out", type=Path, help="append the JSON lines to this file")
+    add("--resume", action="store_true", help="skip what --out has measured")
+    add("--quick", action="store_true", help="a first look: small, fewer calls")
     options = parser.parse_args(arguments)
     for name in ("reps", "budget", "sets"):
         number = getattr(options, name)
@@ -95,19 +67,12 @@ def _parse(arguments: list[str] | None) -> tuple[Plan, Results]:
         # Named with its index: what is measured is always the current device.
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-    on_gpu = device.type == "cuda"
+    on_gpu, quick = device.type == "cuda", options.quick
+    workloads = options.workloads or (QUICK_WORKLOADS if quick else DEFAULT_WORKLOADS)
+    implementations = [*(options.impls or DEFAULT_IMPLEMENTATIONS)]
+    implementations += PEERS if options.peers else ()
     default_dtypes = ["float32", "float16", "bfloat16"] if on_gpu else ["float32"]
     default_passes = ["all"] if on_gpu else ["forward", "backward"]
-    workloads = options.workloads or (QUICK_WORKLOADS if options.quick else DEFAULT_WORKLOADS)
-    if "all" in workloads:
-        workloads = [*workloads, *CANONICAL]
-        workloads.remove("all")
-    full_cpu = not on_gpu and not options.quick
-    implementations = options.impls or (
-        CPU_IMPLEMENTATIONS if full_cpu else DEFAULT_IMPLEMENTATIONS
-    )
-    if options.peers:
-        implementations = [*implementations, *PEERS]
     effort = Effort(
         reps=options.reps,
         budget_ms=options.budget or (200 if options.quick else 1000),

@@ -13,12 +13,7 @@ from .operators import Operator, for_points_of
 # The relative error (norm of the difference over norm of the float64 result) up to which an answer
 # counts as sound. These tell a wrong answer from rounding, of peers too; the project's own, tighter
 # bounds are in its tests. For scale: coordinates in plain float32 cost up to 2e-5 on large maps.
-TOLERANCES = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-5,
-    torch.float16: 8e-3,
-    torch.bfloat16: 8e-3,
-}
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 8e-3}
 # A location's gradient jumps where it crosses a pixel, and rounding puts a few on the other side,
 # where the derivative is as sound.
 LOCATION_TOLERANCES = {**TOLERANCES, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 2e-2}

@@ -19,7 +19,6 @@ timm's; deformable_detr_whole trains its last three stages, as the paper does. O
 takes minutes a step without instructions for it.
 """
 
-import argparse
 import copy
 import gc
 import importlib.metadata
@@ -42,7 +41,7 @@ from tqdm import tqdm
 from . import environment
 from .checks import TOLERANCES, load_reference
 from .implementations import FUSED, KERNEL, get_project_kernel
-from .records import Results, failed
+from .records import Results, add_names, command, failed
 from .render import build_table
 from .suite import DTYPES
 from .timing import Effort, summarize, timed_call
@@ -138,9 +137,6 @@ class Case:
             "dtype": self.dtype,
             "pass": self.mode,
         }
-
-
-# ----------------------------------------------------------------------------------------- building
 
 
 @cache
@@ -269,9 +265,6 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ == LAYER]
 
 
-# ----------------------------------------------------------------------------------------- checking
-
-
 class Observer:
     """Compares every call of the sampling operator in a model with float64."""
 
@@ -364,9 +357,6 @@ def not_finite(model: nn.Module, outputs) -> list[str]:
 
 # Not all outputs: RT-DETR marks invalid anchors by the largest number, and computes with it.
 _RESULTS = ("loss", "logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
-
-
-# ---------------------------------------------------------------------------------------- measuring
 
 
 class Subject:
@@ -475,64 +465,42 @@ def _ratio(name: str, times: dict[str, list[float]]) -> dict | None:
 def describe(device: torch.device) -> dict:
     """The ``env`` field of a record."""
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "kernels")}
-    return {
-        **environment.describe(device),
-        **versions,
-        "tf32": {
-            "matmul": torch.backends.cuda.matmul.allow_tf32,
-            "cudnn": torch.backends.cudnn.allow_tf32,
-        },
-    }
+    backends = torch.backends
+    tf32 = {"matmul": backends.cuda.matmul.allow_tf32, "cudnn": backends.cudnn.allow_tf32}
+    return {**environment.describe(device), **versions, "tf32": tf32}
 
 
 def run(
     cases: list[Case], names: list[str], device: torch.device, effort: Effort, results: Results
 ) -> Iterator[dict]:
     """Yields a record for every implementation of the cases that ``results`` does not have yet."""
-    head = {"run": uuid.uuid4().hex}
-    env = describe(device)
-    with tqdm(cases, unit="case", dynamic_ncols=True) as progress:
-        for case in progress:
-            wl = case.as_workload()
-            progress.set_description(f"{wl['name']} {case.dtype} {case.mode}")
-            if all(results.has(name, wl, env) for name in names):
-                continue
-            figures = measure(case, names, device, effort)
-            gc.collect()
-            torch.cuda.empty_cache()
-            for name in names:
-                yield {
-                    "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    **head,
-                    "impl": name,
-                    "tags": IMPLEMENTATIONS[name].tags,
-                    "wl": wl,
-                    "env": env,
-                    **figures[name],
-                }
-
-
-# -------------------------------------------------------------------------------------- the command
+    run_id, env = uuid.uuid4().hex, describe(device)
+    for case in (progress := tqdm(cases, unit="case", dynamic_ncols=True)):
+        wl = case.as_workload()
+        progress.set_description(f"{wl['name']} {case.dtype} {case.mode}")
+        if all(results.has(name, wl, env) for name in names):
+            continue
+        figures = measure(case, names, device, effort)
+        gc.collect()
+        torch.cuda.empty_cache()
+        for name in names:
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            head = {"ts": now, "run": run_id, "impl": name, "tags": IMPLEMENTATIONS[name].tags}
+            yield {**head, "wl": wl, "env": env, **figures[name]}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the cases; the exit status is 1 if a model on this project's kernel failed."""
-    parser = argparse.ArgumentParser("python -m benchmarks models", description=__doc__)
+    parser = command("models", __doc__)
     cuda = torch.cuda.is_available()
-
-    def names(option: str, known, default: list[str]):
-        parser.add_argument(
-            option,
-            nargs="+",
-            default=default,
-            metavar="NAME",
-            help=f"names, globs or all; default: {' '.join(default)}; known: {', '.join(known)}",
-        )
-
-    names("--models", MODELS, ["deformable_detr", "rt_detr", "mask2former"])
-    names("--impls", IMPLEMENTATIONS, [EAGER, FUSED])
-    names("--dtypes", MODEL_DTYPES, MODEL_DTYPES if cuda else ["float32"])
-    names("--modes", MODES, ["inference"])
+    defaults = {
+        "--models": ["deformable_detr", "rt_detr", "mask2former"],
+        "--impls": [EAGER, FUSED],
+    }
+    defaults |= {"--dtypes": MODEL_DTYPES if cuda else ["float32"], "--modes": ["inference"]}
+    known = (MODELS, IMPLEMENTATIONS, MODEL_DTYPES, MODES)
+    for (option, default), names in zip(defaults.items(), known):
+        add_names(parser, option, names, " ".join(default))
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
     parser.add_argument("--reps", type=int, help="rounds of steps; default: of 2 seconds each row")
@@ -541,28 +509,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     try:
-        chosen = [
-            select(options.models, list(MODELS)),
-            select(options.dtypes, MODEL_DTYPES),
-            select(options.modes, list(MODES)),
-            select(options.impls, list(IMPLEMENTATIONS)),
-        ]
+        models, implementations, dtypes, modes = (
+            select(getattr(options, option[2:]) or default, list(names))
+            for (option, default), names in zip(defaults.items(), known)
+        )
         results = Results.open(options.out, "models", device, options.resume)
     except ValueError as error:
         parser.error(str(error))
-    models, dtypes, modes, implementations = chosen
     cases = [
-        Case(model, batch, _dtype_of(mode, dtype), mode)
-        for model, batch, mode, dtype in product(models, options.batches, modes, dtypes)
+        # Half types train under autocast.
+        Case(m, batch, f"{d}_autocast" if mode == "training" and d != "float32" else d, mode)
+        for m, batch, mode, d in product(models, options.batches, modes, dtypes)
     ]
     effort = Effort(options.reps, budget_ms=2000, min_reps=10 if cuda else 3, max_reps=30)
-    return results.collect(
-        run(cases, implementations, device, effort, results),
-        build_table,
-        lambda r: r["impl"] in OURS,
-    )
-
-
-def _dtype_of(mode: str, dtype: str) -> str:
-    """Half types train under autocast."""
-    return f"{dtype}_autocast" if mode == "training" and dtype != "float32" else dtype
+    records = run(cases, implementations, device, effort, results)
+    return results.collect(records, build_table, lambda r: r["impl"] in OURS)

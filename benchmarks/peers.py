@@ -83,9 +83,6 @@ def _load_libreyolo(function, workload: Workload) -> Operator:
     return Operator(forward, arrange=_WITHOUT_FLOAT64)
 
 
-# -------------------------------------------------------------------------------------------- DCNv4
-
-
 def _load_dcnv4(function, workload: Workload) -> Operator:
     """Locations and logits come in one tensor, and the softmax is part of the call."""
     points, levels = workload.points, len(workload.shapes)
@@ -130,8 +127,6 @@ def _without_logits(
     grad_locations = grad_locations.unflatten(-1, (levels, points, 2))
     return grad_value, grad_locations, grad_logits.unflatten(-1, (levels, points))
 
-
-# ---------------------------------------------------------------------------------------------- all
 
 _DEFORMOPS = partial(_peer, "deformops", "triton", lambda: import_module("deformops.registry"))
 _TRITON_MSDA = "libreyolo.kernels.attention.ms_deform_attn_triton"

@@ -5,10 +5,9 @@ ceiling: the loads of the forward kernel without its arithmetic (gather.cu), in 
 arrangements tried here. The backward reads each corner's row and adds to the same row of
 grad_value, so its ceiling is two forward ceilings.
 
-    python -m benchmarks.probe --arch 9.0     # compiles gather.cu, for a machine without nvcc
+    python -m benchmarks.probe 9.0     # compiles gather.cu, for a machine without nvcc
 """
 
-import argparse
 import ctypes
 import hashlib
 import statistics
@@ -32,9 +31,6 @@ STRIP = 4  # rows of a level, in ``strips``
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # in dispatch.h's order
 
 
-# ------------------------------------------------------------------------------------ the HBM floor
-
-
 def traffic_bytes(inputs: Inputs, pass_name: str) -> int:
     """What a forward or a backward has to move: inputs once, and results once.
 
@@ -56,9 +52,6 @@ def copy_rate(device: torch.device) -> float:
     target = torch.empty_like(source)
     times = time_device(lambda: target.copy_(source), device, Effort(reps=20))
     return 2 * COPY_BYTES / statistics.median(times)
-
-
-# ------------------------------------------------------------------------------- the gather ceiling
 
 
 def library_path(arch: str) -> Path:
@@ -186,21 +179,8 @@ def gather_ms(sets: list[Inputs], workload: Workload, effort: Effort) -> float:
     return min(medians)
 
 
-# -------------------------------------------------------------------------------------- the command
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.probe", description="Compiles gather.cu and prints the library's path"
-    )
-    archs = builder.present_archs() or [builder.ARCH_WITHOUT_GPU]
-    parser.add_argument("--arch", default=archs[0], help="compute capability; default: %(default)s")
-    options = parser.parse_args(arguments)
+if __name__ == "__main__":
     try:
-        print(build(options.arch).relative_to(builder.ROOT))
+        print(build(sys.argv[-1]).relative_to(builder.ROOT))
     except builder.BuildError as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -104,6 +104,14 @@ def latest(records: Iterable[dict]) -> list[dict]:
     return list({(record["impl"], case_of(record)): record for record in records}.values())
 
 
+def by_case(records: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
+    """The records of each (workload, dtype, pass) by implementation; of the same, the last."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for record in records:
+        cases.setdefault(case_of(record), {})[record["impl"]] = record
+    return cases
+
+
 def error_of(record: dict) -> str:
     """Of the tensor furthest from its tolerance, a NaN being furthest; or what was in the way."""
     if record["err"] is not None:
@@ -119,15 +127,9 @@ def error_of(record: dict) -> str:
 
 def failed(error: Exception, kind: str | None = None) -> dict:
     """The fields of a record's results where there are none, and why."""
-    return {
-        "lat_ms": None,
-        "compile_ms": None,
-        "peak_bytes": None,
-        "ok": False,
-        "absmax": None,
-        "corr": {},
-        "err": {"type": kind or type(error).__name__, "msg": str(error)},
-    }
+    reason = {"type": kind or type(error).__name__, "msg": str(error)}
+    none = dict.fromkeys(("lat_ms", "compile_ms", "peak_bytes", "absmax"))
+    return {**none, "ok": False, "corr": {}, "err": reason}
 
 
 def command(name: str, description: str) -> argparse.ArgumentParser:
@@ -137,6 +139,12 @@ def command(name: str, description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_names(parser: argparse.ArgumentParser, option: str, known: Iterable[str], default: str):
+    """An option that takes names of ``known``; ``default`` is what its help says."""
+    text = f"names, globs or all; default: {default}; known: {', '.join(known)}"
+    parser.add_argument(option, nargs="+", metavar="NAME", help=text)
 
 
 class Results:

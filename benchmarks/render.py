@@ -1,12 +1,11 @@
 """``python -m benchmarks report | readme``: records as text and pictures.
 
-``report FILE...`` prints the files' records as the table that their run printed. ``readme`` writes
-the measured figures of README.md and docs/*.md: what stands between ``<!-- NAME: made by ... -->``
-and ``<!-- end of NAME -->`` is what ``BLOCKS`` makes of the newest file of each kind,
-results/MACHINE-YEAR-MONTH-DAY-KIND.jsonl. So a run is published by putting its file there and
-calling ``readme``, which takes from the files what no page needs and draws pictures anew whose
-records have changed. ``--check`` writes nothing, and exits with 1 if a page, a picture or a file is
-not what it would write; the tests ask that of every commit.
+``report FILE...`` prints a run's table again. ``readme`` writes the measured figures of README.md
+and docs/*.md: between ``<!-- NAME: made by ... -->`` and ``<!-- end of NAME -->`` stands what
+``BLOCKS`` makes of the newest file of each kind, results/MACHINE-DATE-KIND.jsonl. So a run is
+published by putting its file there and calling ``readme``, which takes from the files what no page
+needs and draws pictures whose records have changed. ``--check`` writes nothing and exits with 1
+if a page, a picture or a file is not what it would write; the tests ask that of every commit.
 """
 
 import difflib
@@ -16,7 +15,7 @@ import json
 import re
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from rich.text import Text
 from .checks import LOCATION_TOLERANCES, TOLERANCES
 from .environment import machine
 from .implementations import BASELINE, FUSED, KERNEL, ROOT
-from .records import RESULTS, case_of, command, error_of, is_absent, latest, publish, read, show
+from .records import RESULTS, by_case, command, error_of, is_absent, latest, publish, read, show
 from .timing import format_ms, format_us
 from .workloads import WORKLOADS
 
@@ -35,24 +34,13 @@ PASSES = ("forward", "backward")
 COMMUNITY, EAGER, COMPILED = "kernels_community", "grid_sample", "grid_sample_compiled"
 FIVE = "seed_b2_q300 ddetr_encoder_b4 ddetr_decoder_b4 mask2former_b2 rtdetr_decoder_b16".split()
 # Of whole models, in the order of columns and bars; of several that a case has, the first.
-MODEL_COLUMNS = {
-    "eager": ("eager",),
-    "compiled": ("eager_compiled",),
-    "this kernel": (FUSED, KERNEL),
-    "this kernel, compiled": (f"{FUSED}_compiled", f"{KERNEL}_compiled"),
-}
+MODEL_COLUMNS = {"eager": ("eager",), "compiled": ("eager_compiled",)}
+MODEL_COLUMNS["this kernel"] = (FUSED, KERNEL)
+MODEL_COLUMNS["this kernel, compiled"] = (f"{FUSED}_compiled", f"{KERNEL}_compiled")
 # Okabe and Ito's colours, which colour-blind people can tell apart on white and on black.
-COLOURS = {
-    COMMUNITY: "#CC79A7",
-    "dcnv4_flash": "#F0E442",
-    "msda_triton": "#009E73",
-    "deformops": "#D55E00",
-    "deformops_fp32_sums": "#56B4E9",
-    EAGER: "#999999",
-    "compiled": "#E69F00",
-    "this kernel": "#0072B2",
-    "this kernel, compiled": "#009E73",
-}
+COLOURS = {COMMUNITY: "#CC79A7", "dcnv4_flash": "#F0E442", "msda_triton": "#009E73"}
+COLOURS |= {"deformops": "#D55E00", "deformops_fp32_sums": "#56B4E9", EAGER: "#999999"}
+COLOURS |= dict(zip([*MODEL_COLUMNS][1:], ("#E69F00", "#0072B2", "#009E73")))
 MARKERS = {"float32": ("#0072B2", "o"), "float16": ("#D55E00", "s"), "bfloat16": ("#009E73", "^")}
 THEMES = {"light": ("#24292f", "#d0d7de", "#ffffff"), "dark": ("#e6edf3", "#3d444d", "#0d1117")}
 PICTURES = ROOT / "docs" / "figures"
@@ -64,10 +52,6 @@ ABOUT = {
     "models": "Whole models of transformers, times as fast as they are eager: compiled without "
     "this kernel, on this kernel, and both. Hollow: the answer is wrong.",
 }
-Cases = dict[tuple, dict[str, dict]]
-
-
-# -------------------------------------------------------------------------------------------- cells
 
 
 def time_of(record: dict | None, form: Callable[[float], str] = format_us) -> str:
@@ -78,18 +62,16 @@ def time_of(record: dict | None, form: Callable[[float], str] = format_us) -> st
     return text if record["ok"] else f"({text})"
 
 
-def speed_up(record: dict | None, baseline: dict | None) -> str:
+def speed_up(record: dict | None, baseline: dict | None = None) -> str:
     """Over the baseline: with quartiles where steps were taken in turn, else of the medians.
 
-    A wrong answer has none and sets none, but for whole models: eager ones may be wrong in half
-    types, which is what they are compared for.
+    Wrong answers have none and set none, but for whole models: eager ones are wrong in half types.
     """
-    if record is None or record["err"]:
-        return "-"
-    if record.get("ratio"):
+    if record is not None and record.get("ratio"):
         return "{p50:.2f}x ({p25:.2f} to {p75:.2f})".format(**record["ratio"])
-    count = "images_per_s" in record or (record["ok"] and baseline and baseline["ok"])
-    if "ratio" in record or baseline is None or baseline["err"] or not count:
+    if any(x is None or x["err"] for x in (record, baseline)) or "ratio" in record:
+        return "-"
+    if "images_per_s" not in record and not (record["ok"] and baseline["ok"]):
         return "-"
     return f"{baseline['lat_ms']['p50'] / record['lat_ms']['p50']:.2f}x"
 
@@ -100,9 +82,8 @@ def over(limit: str, record: dict | None) -> float | None:
     return record["lat_ms"]["p50"] / record[limit] if known else None
 
 
-def ratio_to(limit: str, record: dict | None) -> str:
-    number = over(limit, record)
-    return "-" if number is None else f"{number:.2f}"
+def _two_digits(number: float | None) -> str:
+    return f"{number:.2f}" if number else "-"
 
 
 def peak_of(record: dict | None) -> str:
@@ -112,26 +93,11 @@ def peak_of(record: dict | None) -> str:
     return f"{record['peak_bytes'] / 1e9:.2f} GB"
 
 
-# ------------------------------------------------------------------------------------------- tables
-
-
-def by_case(records: Iterable[dict]) -> Cases:
-    """The records of each (workload, dtype, pass) by implementation; of the same, the last."""
-    cases: Cases = {}
-    for record in records:
-        cases.setdefault(case_of(record), {})[record["impl"]] = record
-    return cases
-
-
 def build_table(records: list[dict]) -> Table:
     """A run for a terminal: a row per record, those of a case together."""
     of_models = any("images_per_s" in record for record in records)
     limits = ("floor_ms", "ceiling_ms") if any(r.get("floor_ms") for r in records) else ()
-    caption = (
-        "Times are medians, in brackets where the answer is wrong. Errors are relative norms "
-        "against float64, of the tensor that is furthest from what it may be. /floor, /ceiling: "
-        "over the time of moving every byte once, and over that of this kernel's loads alone."
-    )
+    caption = "Medians; in brackets: the answer is wrong. Errors are against float64."
     table = Table(title=machine(records), caption=caption)
     for name in ("workload", "dtype", "pass", "implementation"):
         table.add_column(name, no_wrap=True)
@@ -140,14 +106,13 @@ def build_table(records: list[dict]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("error", overflow="fold")
     for case, by_name in by_case(records).items():
-        baselines = (by_name[n] for n in (BASELINE, "eager", "torch_eager") if n in by_name)
-        baseline = next(baselines, None)
-        table.add_section()
+        baseline = [by_name[n] for n in (BASELINE, "eager", "torch_eager") if n in by_name]
         names = case
+        table.add_section()
         for name, record in by_name.items():
             spread = format_ms(record["lat_ms"]["iqr"]) if record["lat_ms"] else "-"
-            row = [time_of(record, format_ms), spread, speed_up(record, baseline)]
-            row += [ratio_to(limit, record) for limit in limits]
+            row = [time_of(record, format_ms), spread, speed_up(record, *baseline[:1])]
+            row += [_two_digits(over(limit, record)) for limit in limits]
             if of_models:
                 rate = record["images_per_s"]
                 row += [f"{rate:#.3g}".rstrip(".") if rate else "-", peak_of(record)]
@@ -164,16 +129,12 @@ def markdown(lines: list[list[str]]) -> list[str]:
 
 
 def by_workload(
-    records: list[dict],
-    columns: dict[str, Callable[[dict[str, dict]], str]],
-    workloads: Iterable[str] = (),
-    dtypes: Iterable[str] = DTYPES,
-    passes: tuple[str, ...] = PASSES,
+    records: list[dict], columns: dict[str, Callable], names=(), dtypes=DTYPES, passes=PASSES
 ) -> list[str]:
     """A row per workload; ``columns`` make a case's records by implementation into a cell."""
     cases = by_case(records)
     lines = [["workload", *(f"{name}: {title}" for name in passes for title in columns)]]
-    for workload in workloads or dict.fromkeys(record["wl"]["name"] for record in records):
+    for workload in names or dict.fromkeys(record["wl"]["name"] for record in records):
         line = [workload]
         for name in passes:
             for column in columns.values():
@@ -188,14 +149,8 @@ def of(name: str, show: Callable[[dict | None], str] = time_of) -> Callable[[dic
     return lambda by_name: show(by_name.get(name))
 
 
-# ----------------------------------------------------------------------------------------- pictures
-
-
 def draw(name: str, records: list[dict]) -> None:
     """One of ``CHARTS`` in both themes, with what ``digest`` says of its records."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     for theme, (ink, grid, ground) in THEMES.items():
@@ -211,10 +166,8 @@ def draw(name: str, records: list[dict]) -> None:
         }
         with pyplot.rc_context(style):
             figure = CHARTS[name](records)
-            PICTURES.mkdir(parents=True, exist_ok=True)
-            metadata = {"Date": None, "Description": digest(records)}
-            file = PICTURES / f"{name}-{theme}.svg"
-            figure.savefig(file, metadata=metadata, bbox_inches="tight")
+            options = {"metadata": {"Date": None, "Description": digest(records)}}
+            figure.savefig(PICTURES / f"{name}-{theme}.svg", bbox_inches="tight", **options)
             pyplot.close(figure)
 
 
@@ -240,7 +193,6 @@ def _panels(titles: list[str], labels: list[str], ticks: tuple, size: tuple, abo
 
 
 def _legend(figure, panels) -> None:
-    """One for all panels, below them."""
     found = [panel.get_legend_handles_labels() for panel in panels]
     entries = {label: handle for pair in found for handle, label in zip(*pair)}
     where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": 4}
@@ -250,9 +202,8 @@ def _legend(figure, panels) -> None:
 def _dots(records: list[dict], series: list[tuple], ticks: tuple, x: str):
     """A panel for each pass, a row for each workload, marks of each of the series.
 
-    Args:
-        series: (label, colour, marker, dtype, function of a case's records by implementation that
-            returns a number and whether to fill its mark, or None).
+    These are (label, colour, marker, dtype, function of a case's records by implementation that
+    returns a number and whether to fill its mark, or None).
     """
     cases = by_case(records)
     labels = [name for name in WORKLOADS if any(name == case[0] for case in cases)]
@@ -271,37 +222,35 @@ def _dots(records: list[dict], series: list[tuple], ticks: tuple, x: str):
     return figure
 
 
+def _over_ours(name: str, by_name: dict[str, dict]) -> tuple[float, bool] | None:
+    rival, ours = by_name.get(name), by_name.get(KERNEL)
+    known = rival and rival["lat_ms"] and ours and ours["ok"]
+    return (rival["lat_ms"]["p50"] / ours["lat_ms"]["p50"], rival["ok"]) if known else None
+
+
 def operator_chart(records: list[dict]):
     """Every rival's time over this kernel's, in fp16."""
+    series = [(name, COLOURS[name], "o", "float16", partial(_over_ours, name)) for name in COLOURS]
+    ticks = (0.5, 1, 2, 5, 10, 20, 50)
+    return _dots(records, series, ticks, "time over this kernel's, fp16 (right of 1: slower)")
 
-    def ratio(name: str, by_name: dict[str, dict]) -> tuple[float, bool] | None:
-        rival, ours = by_name.get(name), by_name.get(KERNEL)
-        if not (rival and rival["lat_ms"] and ours and ours["ok"]):
-            return None
-        return rival["lat_ms"]["p50"] / ours["lat_ms"]["p50"], rival["ok"]
 
-    series = [(name, COLOURS[name], "o", "float16", partial(ratio, name)) for name in COLOURS]
-    x = "time over this kernel's, fp16 (right of 1: slower)"
-    return _dots(records, series, (0.5, 1, 2, 5, 10, 20, 50), x)
+def _over_limit(limit: str, by_name: dict[str, dict]) -> tuple[float, bool] | None:
+    number = over(limit, by_name.get(KERNEL))
+    return number and (number, limit == "ceiling_ms")
 
 
 def limits_chart(records: list[dict]):
     """This kernel's times over the two limits."""
-
-    def ratio(limit: str, by_name: dict[str, dict]) -> tuple[float, bool] | None:
-        number = over(limit, by_name.get(KERNEL))
-        return number and (number, limit == "ceiling_ms")
-
-    limits = {"ceiling_ms": "loads alone", "floor_ms": "bytes once"}
     series = [
-        (f"{title}, {DTYPES[dtype]}", *style, dtype, partial(ratio, limit))
-        for limit, title in limits.items()
+        (f"{title}, {DTYPES[dtype]}", *style, dtype, partial(_over_limit, limit))
+        for limit, title in (("ceiling_ms", "loads alone"), ("floor_ms", "bytes once"))
         for dtype, style in MARKERS.items()
     ]
     return _dots(records, series, (1, 2, 3, 5, 10, 20, 30), "time over the limit (1: no faster)")
 
 
-def model_cases(records: list[dict]) -> Cases:
+def model_cases(records: list[dict]) -> dict[tuple, dict[str, dict]]:
     """By (model, dtype, mode) the records of ``MODEL_COLUMNS`` that it has."""
 
     def order(case: tuple) -> tuple:
@@ -309,7 +258,7 @@ def model_cases(records: list[dict]) -> Cases:
         return mode, name, [*DTYPES].index(dtype.removesuffix("_autocast"))
 
     cases = by_case(records)
-    found: Cases = {case: {} for case in sorted(cases, key=order)}
+    found = {case: {} for case in sorted(cases, key=order)}
     for case, columns in found.items():
         for column, names in MODEL_COLUMNS.items():
             some = [cases[case][name] for name in names if name in cases[case]]
@@ -322,16 +271,15 @@ def models_chart(records: list[dict]):
     cases = model_cases(records)
     labels = [f"{n}, {DTYPES[d.removesuffix('_autocast')]}, {mode}" for n, d, mode in cases]
     x, ticks = "times as fast as transformers as it is, eager", (0.5, 1, 2, 3, 5, 10, 20)
-    size = (9, 1.3 + 0.42 * len(cases))
-    figure, (panel,) = _panels([""], labels, ticks, size, machine(records), x)
+    about, size = machine(records), (9, 1.3 + 0.42 * len(cases))
+    figure, (panel,) = _panels([""], labels, ticks, size, about, x)
     for index, column in enumerate([*MODEL_COLUMNS][1:]):
         for row, columns in enumerate(cases.values()):
             record, eager = columns.get(column), columns.get("eager")
             if not (record and record["lat_ms"] and eager and eager["lat_ms"]):
                 continue
             ratio = eager["lat_ms"]["p50"] / record["lat_ms"]["p50"]
-            colour = COLOURS[column]
-            style = {"color": colour if record["ok"] else "none", "edgecolor": colour}
+            style = {"color": COLOURS[column], "edgecolor": COLOURS[column], "fill": record["ok"]}
             bar = panel.barh(row + 0.27 * (index - 1), ratio - 1, 0.25, 1, label=column, **style)
             panel.bar_label(bar, [f"{ratio:.2f}"], padding=2, fontsize=7)
     panel.set_xlim(right=1.25 * panel.get_xlim()[1])
@@ -340,9 +288,6 @@ def models_chart(records: list[dict]):
 
 
 CHARTS = {"operator": operator_chart, "limits": limits_chart, "models": models_chart}
-
-
-# ---------------------------------------------------------------------- the pages' measured figures
 
 
 @cache
@@ -398,12 +343,10 @@ def claim() -> list[str]:
 
 def operator() -> list[str]:
     """Five workloads in fp16 beside the others."""
-
-    def best(by_name: dict[str, dict]) -> str:
-        record = best_peer(by_name)
-        return f"{time_of(record)} {record['impl']}" if record else "-"
-
-    columns = {"this kernel": of(KERNEL), "community": of(COMMUNITY), "best right peer": best}
+    columns = {"this kernel": of(KERNEL), "community": of(COMMUNITY)}
+    columns["best right peer"] = lambda x: (
+        f"{time_of(best_peer(x))} {(best_peer(x) or {}).get('impl', '')}"
+    )
     records = beside_peers()
     table = by_workload(records, columns | {"eager": of(EAGER)}, FIVE, ["float16"])
     about = "fp16, median device time in µs, cold L2; in brackets: the answer is wrong."
@@ -415,7 +358,7 @@ def workloads() -> list[str]:
     records = newest("operator")
     columns = {"this kernel": of(KERNEL)}
     for limit in ("floor", "ceiling"):
-        columns[f"over {limit}"] = of(KERNEL, partial(ratio_to, f"{limit}_ms"))
+        columns[f"over {limit}"] = of(KERNEL, lambda r, x=f"{limit}_ms": _two_digits(over(x, r)))
     columns |= {"fused": of(FUSED), EAGER: of(EAGER), "compiled": of(COMPILED)}
     return [*_filled(machine(records)), "", *by_workload(records, columns)]
 
@@ -447,10 +390,8 @@ def models(on_gpu: bool = True) -> list[str]:
     kept = [i for i in range(len(lines[0])) if any(line[i] != "-" for line in lines[1:])]
     about = f"{machine(records)}."
     if gains:
-        about += (
-            f" What to expect: compiled, {min(gains):.1f} to {max(gains):.1f} times for Deformable "
-            "DETR's inference; where the host is the limit, compile first."
-        )
+        about += f" What to expect: compiled, {min(gains):.1f} to {max(gains):.1f} times for "
+        about += "Deformable DETR's inference; where the host is the limit, compile first."
     return [*_filled(about), "", *markdown([[line[i] for i in kept] for line in lines])]
 
 
@@ -489,11 +430,9 @@ def accuracy() -> list[str]:
 
 
 BLOCKS = {f.__name__: f for f in (claim, operator, workloads, peers, models, cpu, accuracy)}
-PICTURED = {  # what each picture is of
-    "operator": beside_peers,
-    "limits": lambda: newest("operator"),
-    "models": lambda: newest("models"),
-}
+# What each picture is of.
+PICTURED = {"operator": beside_peers, "limits": lambda: newest("operator")}
+PICTURED["models"] = lambda: newest("models")
 
 
 def _filled(text: str) -> list[str]:
@@ -501,11 +440,7 @@ def _filled(text: str) -> list[str]:
 
 
 def rendered(text: str, page: Path) -> str:
-    """A page's text with every block made anew.
-
-    Raises:
-        ValueError: there is no block of that name, or it has no end.
-    """
+    """A page's text with every block made anew; ValueError if one is unknown or has no end."""
 
     def block(match: re.Match) -> str:
         start, name, end = match.groups()
@@ -552,9 +487,7 @@ def main(arguments: list[str], name: str) -> int:
     if name == "report":
         parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines")
     else:
-        parser.add_argument(
-            "--check", action="store_true", help="write nothing, tell what is stale"
-        )
+        parser.add_argument("--check", action="store_true", help="only tell what is stale")
     options = parser.parse_args(arguments)
     try:
         if name == "report":

@@ -1,4 +1,4 @@
-"""The suite's workloads, those of benchmark.py and some more, and their inputs by name."""
+"""The workloads of benchmark.py and their inputs by name."""
 
 import fnmatch
 from concurrent.futures import ThreadPoolExecutor
@@ -9,18 +9,7 @@ import torch
 from . import benchmark
 from .benchmark import Inputs
 
-CANONICAL = benchmark.WORKLOADS
-
-# A decoder at 800x1333, over queries with batch 4, and over batch with 900 queries.
-_DECODER = CANONICAL["ddetr_decoder_b4"]
-SCALING = {
-    f"scaling_b{batch}_q{queries}": _DECODER._replace(batch=batch, queries=queries)
-    for batch, queries in (
-        *((4, queries) for queries in (100, 300, 900, 2700, 8100, 24300)),
-        *((batch, 900) for batch in (1, 2, 8, 16, 32)),
-    )
-}
-WORKLOADS = CANONICAL | SCALING
+WORKLOADS = dict(benchmark.WORKLOADS)
 
 
 def make_inputs(
