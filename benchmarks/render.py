@@ -194,9 +194,9 @@ def _panels(titles: list[str], labels: list[str], ticks: tuple, size: tuple, abo
 
 def _legend(figure, panels) -> None:
     found = [panel.get_legend_handles_labels() for panel in panels]
-    entries = {label: handle for pair in found for handle, label in zip(*pair)}
+    entries = {label: handle for pair in found[::-1] for handle, label in [*zip(*pair)][::-1]}
     where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": 4}
-    figure.legend(entries.values(), entries.keys(), **where)
+    figure.legend([*entries.values()][::-1], [*entries][::-1], **where)
 
 
 def _dots(records: list[dict], series: list[tuple], ticks: tuple, x: str):
@@ -364,14 +364,10 @@ def workloads() -> list[str]:
 
 
 def peers() -> list[str]:
-    """Every workload beside the other kernels, a table for each pass."""
+    """Every workload beside the other kernels."""
     records = newest("peers")
-    lines = _filled(machine(records))
-    for name in PASSES:
-        some = [record for record in records if record["wl"]["pass"] == name]
-        columns = {impl: of(impl) for impl in dict.fromkeys(record["impl"] for record in some)}
-        lines += ["", *by_workload(some, columns, passes=(name,))]
-    return lines
+    columns = {name: of(name) for name in dict.fromkeys(record["impl"] for record in records)}
+    return [*_filled(machine(records)), "", *by_workload(records, columns)]
 
 
 def models(on_gpu: bool = True) -> list[str]:

@@ -16,10 +16,8 @@ def small(monkeypatch):
     models._pretrained.cache_clear()
     for name, real in models.MODELS.items():
         for spec in (spec for spec in SMALL if spec.name == name):
-            settings = spec.settings | {"num_labels": 91}
-            names = (spec.config, spec.model, settings, spec.image, spec.attentions)
-            model = models.Model(*names, real.function, real.masks)
-            monkeypatch.setitem(models.MODELS, name, model)
+            names = (spec.config, spec.model, spec.settings, spec.image, spec.attentions)
+            monkeypatch.setitem(models.MODELS, name, models.Model(*names, real.function))
     yield
     models._pretrained.cache_clear()
 
@@ -29,17 +27,17 @@ def run(command):
     return lambda name, *options: command("models", "--models", name, "--reps", "2", *options)
 
 
-@pytest.mark.parametrize("name", ["deformable_detr", "d_fine"])
-def test_models_take_turns_and_are_judged(run, name, monkeypatch):
+def test_models_take_turns_and_are_judged(run, monkeypatch):
     steps, time = [], models.Subject.time
     monkeypatch.setattr(models.Subject, "time", lambda s: steps.append(id(s)) or time(s))
-    modes = ("--modes", "training" if name == "d_fine" else "inference")
-    status, records = run(name, *modes, "--impls", "eager", FUSED, KERNEL)
+    status, records = run("deformable_detr", "--impls", "eager", FUSED, KERNEL)
     first, second, third = steps[:3]
     assert len({first, second, third}) == 3 and steps[3:6] == [second, third, first]
     assert status == 0 and len(records) == 3
     for record in records:
-        assert record["ok"] and record["corr"]["calls"] == models.MODELS[name].attentions
+        assert (
+            record["ok"] and record["corr"]["calls"] == models.MODELS["deformable_detr"].attentions
+        )
         assert 0 < record["corr"]["error"]["operator"] < 2e-5 and not record["corr"]["not_finite"]
         if record["impl"] == "eager":
             eager = record["lat_ms"]["raw_times"]
@@ -73,16 +71,12 @@ def test_a_wrong_model_is_not_right(run, monkeypatch, implementation):
             parameter.data.fill_(float("inf"))
         return model
 
-    transformers_own = lambda *arguments: models.nullcontext  # noqa: E731
-    for owner, name, fake in (
-        (models.Observer, "_compare", doubled),
-        (models, "place", transformers_own),
-        (models, "build", overflow),
-    ):
+    fakes = [(models.Observer, "_compare", doubled), (models, "build", overflow)]
+    for owner, name, fake in [*fakes, (models, "place", lambda *_: models.nullcontext)]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fake)
             status, records = run("deformable_detr", "--impls", implementation)
         assert status == 1 and not records[-1]["ok"]
-    wrong, not_ours, infinite = records
+    wrong, infinite, not_ours = records
     assert wrong["corr"]["error"]["operator"] > 0.9 and not_ours["lat_ms"] is None
     assert infinite["corr"]["not_finite"][0] == "pred_boxes"

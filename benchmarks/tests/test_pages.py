@@ -93,24 +93,20 @@ def test_models_say_what_to_expect(monkeypatch):
     assert "| 160 ms | 147 ms | 44.0 ms | 21.0 ms | 7.00x (6.90 to 7.10) | 7.00x" in text
 
 
-SLOW = record(times=(3.0, 3.1))
-
-
-@pytest.mark.parametrize(
-    ("after", "verdict", "options"),
-    [
-        ([SLOW], 1, ()),
-        ([SLOW], 0, ("--threshold", "4")),
-        ([record(times=(0.1, 0.1), ok=False)], 1, ()),
-        ([record(times=(1.2, 0.9, 1.1))], 0, ()),
-        ([SLOW, record("x", (30.0,))], 0, ("--relative-to", "x")),
-        ([SLOW, record("x", (10.0,))], 1, ("--relative-to", "x")),
-    ],
-)
-def test_compare(tmp_path, after, verdict, options):
+def test_compare(tmp_path):
+    slow, wrong = record(times=(3.0, 3.1)), record(times=(0.1, 0.1), ok=False)
+    noisy, unit, as_slow = record(times=(1.2, 0.9)), ("--relative-to", "x"), record("x", (30.0,))
     before = write(tmp_path / "before.jsonl", [record(), record("x", (10.0, 11.0))])
-    after = write(tmp_path / "after.jsonl", after)
-    assert main(["compare", str(before), str(after), *options]) == verdict
+    for verdict, records, options in (
+        (1, [slow], ()),
+        (0, [slow], ("--threshold", "4")),
+        (1, [wrong], ()),
+        (0, [noisy], ()),
+        (0, [slow, as_slow], unit),
+        (1, [slow, record("x", (10.0,))], unit),
+    ):
+        after = write(tmp_path / "after.jsonl", records)
+        assert main(["compare", str(before), str(after), *options]) == verdict, records
 
 
 @cache
