@@ -19,7 +19,7 @@ from .workloads import WORKLOADS, select
 COMMANDS = ("models", "seed", "compare", "report", "readme")
 _EPILOG = f"Other commands, each with a --help of its own: {', '.join(COMMANDS)}."
 DEFAULT_WORKLOADS = "seed_b1_q100 seed_b2_q300 ddetr_encoder_b1".split()
-DEFAULT_WORKLOADS += ["rtdetr_decoder_b16", "mask2former_b2"]
+DEFAULT_WORKLOADS += ["rtdetr_decoder_b16"]
 QUICK_WORKLOADS = ["seed_*", "rtdetr_decoder_b16"]
 DEFAULT_IMPLEMENTATIONS = [BASELINE, "grid_sample", *OURS]
 
