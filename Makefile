@@ -15,7 +15,7 @@ else
 endif
 
 # Two processes run the tests, a thread each. On a GPU it is one, which may take all of its memory.
-JOBS = $(shell nvidia-smi >/dev/null 2>&1 || echo -n 2 --dist worksteal)
+JOBS = $(shell nvidia-smi >/dev/null 2>&1 || printf %s '-n 2 --dist worksteal')
 
 # Less registration.h, which kernel-builder generates in torch-ext.
 NATIVE = $(shell find deformable_detr torch-ext benchmarks tools \

@@ -96,7 +96,7 @@ class Implementation:
     tags: dict[str, str]
     ours: bool = False  # this project's operator takes the place of transformers'
     fused: bool = False  # and that of the attention as a whole, not of the sampling alone
-    compiled: bool = False  # as torch.compile(mode="reduce-overhead") does: with CUDA graphs
+    compiled: bool = False  # in inference with CUDA graphs, as mode "reduce-overhead" does
     baseline: str | None = None  # what its speed-up is over
 
 
@@ -239,18 +239,23 @@ def make_step(case: Case, forward: Callable, model: nn.Module, inputs: dict) -> 
 
 
 class Compiler:
-    """What ``torch.compile(model, backend=Compiler())`` compiles with, and the calls it finds.
+    """What ``torch.compile(model, backend=Compiler(…))`` compiles with, and the calls it finds.
 
-    Compiles as mode "reduce-overhead" does. Dynamo takes no code that another backend compiled:
-    with a backend for each, implementations of one model do not get each other's.
+    Dynamo takes no code that another backend compiled: with a backend for each, implementations of
+    one model do not get each other's.
+
+    graphs: whether it makes CUDA graphs, as mode "reduce-overhead" does. Training steps do without:
+    torch 2.11 refuses them for these models, with this kernel or not ("These storage data ptrs are
+    not allocated in pool").
     """
 
-    def __init__(self):
+    def __init__(self, graphs: bool):
+        self.graphs = graphs
         self.calls = 0  # of this project's operators, in what has been compiled
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
         self.calls += sum(KERNEL in str(node.target) for node in graph.graph.nodes)
-        return torch._inductor.compile(graph, inputs, {"triton.cudagraphs": True})
+        return torch._inductor.compile(graph, inputs, {"triton.cudagraphs": self.graphs})
 
 
 def place(implementation: Implementation, model: nn.Module) -> Callable[[], AbstractContextManager]:
@@ -382,7 +387,7 @@ class Subject:
                 f"{MODELS[case.model].attentions}"
             )
         if implementation.compiled:
-            compiler = Compiler()
+            compiler = Compiler(graphs=case.mode == "inference")
             # Implementations and what follows breaks of a graph share a limit.
             torch._dynamo.config.recompile_limit = 64
             forward = torch.compile(model, backend=compiler, dynamic=False)
