@@ -455,8 +455,27 @@ MSDA_INLINE void for_each_level(const Params& p, const FusedPoints<acc>& points,
   }
 }
 
-// Works out the fused operator's pixels and weights, and which tiles they touch. A task is a block
-// of queries of a batch item, with all heads.
+// A task of a fused call: a block of queries of a batch item, with all heads.
+struct QueryBlock {
+  int64_t index, batch, query, queries;
+
+  QueryBlock(const Params& p, const Tiles& tiles, int64_t task)
+      : index(task % tiles.blocks),
+        batch(task / tiles.blocks),
+        query(index * tiles.queries_of_block),
+        queries(std::min<int64_t>(tiles.queries_of_block, p.queries - query)) {}
+
+  // function(the first row, the number of rows), with at most `rows_at_once` of them at a time.
+  template <typename Function>
+  MSDA_INLINE void for_rows(const Params& p, int32_t rows_at_once, Function&& function) const {
+    const int64_t begin = (batch * p.queries + query) * p.heads, end = begin + queries * p.heads;
+    for (int64_t row = begin; row < end; row += rows_at_once) {
+      function(row, static_cast<int32_t>(std::min<int64_t>(rows_at_once, end - row)));
+    }
+  }
+};
+
+// Works out the fused operator's pixels and weights, and which tiles they touch.
 template <typename scalar_t>
 void fuse_blocks(const BackwardParams& p, const std::vector<Level>& levels, const Tiles& tiles,
                  const FusedPoints<acc_t<scalar_t>>& to, uint64_t* tiles_of_block, Tasks& tasks) {
@@ -469,12 +488,8 @@ void fuse_blocks(const BackwardParams& p, const std::vector<Level>& levels, cons
 
   int64_t task;
   while (tasks.take(&task)) {
-    const int64_t block = task % tiles.blocks, batch = task / tiles.blocks;
-    const int64_t query = block * tiles.queries_of_block,
-                  queries = std::min<int64_t>(tiles.queries_of_block, p.queries - query);
-    const int64_t begin = (batch * p.queries + query) * p.heads, end = begin + queries * p.heads;
-    for (int64_t row = begin; row < end; row += rows_at_once) {
-      const int32_t rows = std::min<int64_t>(rows_at_once, end - row);
+    const QueryBlock block(p, tiles, task);
+    block.for_rows(p, rows_at_once, [&](int64_t row, int32_t rows) {
       read_points<scalar_t>(p, Selection{row * p.points, 0, 1, rows * p.points}, points);
       fuse_points<scalar_t>(p, row, rows, fusion, points);
       const PointTable<acc> table = points.table();
@@ -485,11 +500,11 @@ void fuse_blocks(const BackwardParams& p, const std::vector<Level>& levels, cons
         copy_numbers(table.y_rest + i, count, at + 3 * to.count);
         copy_numbers(table.weight + i, count, at + 4 * to.count);
       });
-    }
+    });
     for (int64_t head = 0; head < p.heads; ++head) {
-      tiles_of_block[(batch * p.heads + head) * tiles.blocks + block] = tiles_touched(
-          tiles, queries, map_row.data(),
-          [&](const Tile& tile) { return fused_table(to, tile, batch, head, query); });
+      tiles_of_block[(block.batch * p.heads + head) * tiles.blocks + block.index] = tiles_touched(
+          tiles, block.queries, map_row.data(),
+          [&](const Tile& tile) { return fused_table(to, tile, block.batch, head, block.query); });
     }
   }
 }
@@ -586,12 +601,8 @@ void differentiate_blocks(const BackwardParams& p, const std::vector<Level>& lev
 
   int64_t task;
   while (tasks.take(&task)) {
-    const int64_t block = task % tiles.blocks, batch = task / tiles.blocks;
-    const int64_t query = block * tiles.queries_of_block,
-                  queries = std::min<int64_t>(tiles.queries_of_block, p.queries - query);
-    const int64_t begin = (batch * p.queries + query) * p.heads, end = begin + queries * p.heads;
-    for (int64_t row = begin; row < end; row += rows_at_once) {
-      const int32_t rows = std::min<int64_t>(rows_at_once, end - row), count = rows * p.points;
+    QueryBlock(p, tiles, task).for_rows(p, rows_at_once, [&](int64_t row, int32_t rows) {
+      const int32_t count = rows * p.points;
       for_each_level(p, of, row, rows, [&](int32_t i, const acc* at, int32_t points) {
         copy_numbers(at + Q::weight * of.count, points, &weight[i]);
         copy_numbers(at + Q::grad_x * of.count, points, &grad_x[i]);
@@ -609,7 +620,7 @@ void differentiate_blocks(const BackwardParams& p, const std::vector<Level>& lev
                                   static_cast<acc*>(p.grad_reference_points) + (row + r) * size);
         }
       }
-      if (!p.grad_attention_logits) continue;
+      if (!p.grad_attention_logits) return;
       if (box) set_units<scalar_t>(p, row, rows, fusion, unit);
       differentiate_softmax(weight.data(), rows, p.points, grad_weight.data());
       differentiate_offsets(grad_x, grad_y, unit, count, grad_offsets.data());
@@ -617,6 +628,6 @@ void differentiate_blocks(const BackwardParams& p, const std::vector<Level>& lev
                               p.attention_logits.dtype);
       store_numbers<scalar_t>(grad_offsets.data(), 2 * count, 2 * row * p.points,
                               p.grad_sampling_offsets, p.sampling_offsets.dtype);
-    }
+    });
   }
 }

@@ -55,7 +55,7 @@ class Forward(Operation):
         points_per_level, nearest, *scale = options
         return self.definition(
             *tensors,
-            points_per_level=points_per_level and list(points_per_level),
+            points_per_level=points_per_level,
             method="nearest" if nearest else "bilinear",
             **dict(zip(["offset_scale"], scale)),
         )

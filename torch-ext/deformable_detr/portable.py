@@ -67,12 +67,9 @@ def ms_deform_attn(
         spatial_shapes, level_start_index: tensors, or lists of integers, symbolic or not: what is
             not read from a tensor leaves no trace in the program.
     """
-    if points_per_level is None:
-        levels, points = sampling_locations.shape[3:5]
-        points_per_level = [points] * levels
-        sampling_locations = sampling_locations.flatten(3, 4)
-        attention_weights = attention_weights.flatten(3)
-    points_per_level = list(points_per_level)
+    sampling_locations, attention_weights, points_per_level = reference.flatten_points(
+        sampling_locations, attention_weights, points_per_level
+    )
     # GridSample has nearest pixels of its own, others at a border and half way between two; and no
     # float64 in most versions.
     if nearest or value.dtype == torch.float64:
@@ -127,15 +124,13 @@ def fused_ms_deform_attn(
     offset_scale: float,
 ) -> torch.Tensor:
     """The op ``fused_ms_deform_attn_forward``; levels as for ``ms_deform_attn``."""
-    shape = attention_logits.shape
-    if points_per_level is None:
-        points_per_level = [shape[4]] * shape[3]
-        sampling_offsets = sampling_offsets.flatten(3, 4)
-        attention_logits = attention_logits.flatten(3)
+    sampling_offsets, attention_logits, points_per_level = reference.flatten_points(
+        sampling_offsets, attention_logits, points_per_level
+    )
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     levels = len(points_per_level)
     references = reference_points.to(dtype).expand(-1, -1, levels, -1).unbind(2)
-    offsets = sampling_offsets.to(dtype).split(list(points_per_level), 3)
+    offsets = sampling_offsets.to(dtype).split(points_per_level, 3)
     locations = []
     for level, (points, offset) in enumerate(zip(points_per_level, offsets)):
         point = references[level][:, :, None, None]

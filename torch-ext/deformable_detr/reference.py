@@ -43,12 +43,9 @@ def ms_deform_attn(
     Returns:
         (batch, queries, heads * channels) in ``value``'s dtype.
     """
-    if points_per_level is None:
-        levels, points = sampling_locations.shape[3:5]
-        points_per_level = [points] * levels
-        sampling_locations = sampling_locations.flatten(3, 4)
-        attention_weights = attention_weights.flatten(3)
-
+    sampling_locations, attention_weights, points_per_level = flatten_points(
+        sampling_locations, attention_weights, points_per_level
+    )
     dtype = _compute_dtype(value)
     widths_heights = spatial_shapes.flip(1).to(dtype)
     locations = sampling_locations.to(dtype).split(points_per_level, 3)
@@ -85,12 +82,9 @@ def fused_ms_deform_attn(
     Returns:
         (batch, queries, heads * channels) in ``value``'s dtype.
     """
-    if points_per_level is None:
-        levels, points = sampling_offsets.shape[3:5]
-        points_per_level = [points] * levels
-        sampling_offsets = sampling_offsets.flatten(3, 4)
-        attention_logits = attention_logits.flatten(3)
-
+    sampling_offsets, attention_logits, points_per_level = flatten_points(
+        sampling_offsets, attention_logits, points_per_level
+    )
     dtype = _compute_dtype(value)
     references = reference_points.to(dtype).expand(-1, -1, len(points_per_level), -1)
     offsets = sampling_offsets.to(dtype).split(points_per_level, 3)
@@ -102,6 +96,16 @@ def fused_ms_deform_attn(
         pixels.append(reference[..., :2] * size + offset - 0.5)
     weights = attention_logits.to(dtype).softmax(-1).split(points_per_level, 3)
     return _sample(value, spatial_shapes, level_start_index, pixels, weights, method)
+
+
+def flatten_points(
+    coordinates: torch.Tensor, weights: torch.Tensor, points_per_level: Optional[List[int]]
+) -> Tuple[torch.Tensor, torch.Tensor, List[int]]:
+    """Both with the points of all levels in one dimension, and how many each level has."""
+    if points_per_level is None:
+        levels, points = weights.shape[3:5]
+        return coordinates.flatten(3, 4), weights.flatten(3), [points] * levels
+    return coordinates, weights, list(points_per_level)
 
 
 def _compute_dtype(value: torch.Tensor) -> torch.dtype:
