@@ -91,7 +91,13 @@ def test_workflows_are_pinned_and_name_what_exists() -> None:
     text = "\n".join(file.read_text() for file in files)
     for action in set(re.findall(r"uses: (\S+)", text)) - {"huggingface/hf-jobs-action@main"}:
         assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action), action
-    assert text.count("\n    timeout-minutes: ") == text.count("\n    runs-on: ")
+    limits = [int(minutes) for minutes in re.findall(r"^    timeout-minutes: (\d+)", text, re.M)]
+    assert len(limits) == text.count("\n    runs-on: ") and max(limits) <= 360  # GitHub's limit
+    for file in files[:-1]:  # sh runs the script of a job on the Hub, bash what `run:` has
+        scripts = re.findall(r"script: \|\n((?: {12}.*\n)+)", file.read_text())
+        assert all(script.split("\n")[1].strip() == "set -eu" for script in scripts), file
+        assert scripts or "shell: bash -euo pipefail {0}" in file.read_text(), file
+    assert "--repo-id" not in text  # build.toml names the repository, once
     for name in set(re.findall(r"tools/\w+\.py|requirements[\w-]*\.txt", text)):
         assert (ROOT / name).is_file(), name
     filters = re.findall(r"^      - (\S+)$", text, re.M)  # paths of release.yml
@@ -199,6 +205,20 @@ assert one is not other and one.functional.ops is not other.functional.ops
 print(call(one), call(other), call(one))
 """
     assert python(script) == ["right"] * 3
+
+
+def test_archs_in_any_order_make_one_build(checkout: builder.Kernel, monkeypatch) -> None:
+    """Sorted as strings, as kernel-builder does."""
+    found = []
+    monkeypatch.setattr(builder, "say_if_current", lambda *arguments: found.append(arguments[-1]))
+    monkeypatch.setattr(
+        builder, "compile_and_link", lambda variant, *_: found.append(variant.archs)
+    )
+    monkeypatch.setattr(builder, "assemble", lambda *_: None)
+    monkeypatch.setattr(builder.CudaToolkit, "of", lambda nvcc: builder.CudaToolkit(nvcc, (13, 0)))
+    archs = ["9.0", "12.1+PTX", "10.0", "9.0"]
+    builder.build(checkout, "cuda", archs, jobs=1, verbose=False, nvcc=Path("nvcc"))
+    assert found == [["10.0", "12.1+PTX", "9.0"]] * 2
 
 
 # -------------------------------------------------------------------------- ids and what is refused
