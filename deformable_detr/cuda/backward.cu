@@ -9,7 +9,7 @@
 //                                            times the time of the fastest (H100).
 //            few points, many pixels         The fastest there: no clearing, no conversion.
 //  scatter   queries are pixels (encoders)   A sort of each block's points, and an atomic for each
-//                                            pixel they share: ddetr_encoder_b4 fp16 875 us.
+//                                            pixel they share: ddetr_encoder_b4 fp16 849 us.
 //  direct    otherwise                       An atomic for each corner of each point.
 //
 // Scatter and direct add to grad_value, which has to be cleared before; in a half type they add to
