@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <thread>
@@ -447,15 +448,19 @@ std::vector<Problem> make_problems() {
 }  // namespace
 }  // namespace ms_deform_attn
 
-int main() {
+// Arguments `part parts` choose every parts-th problem from the part-th on, for one of several processes.
+int main(int argc, char** argv) {
   using namespace ms_deform_attn;
+  const size_t part = argc > 2 ? std::atoi(argv[1]) : 0, parts = argc > 2 ? std::atoi(argv[2]) : 1;
   const std::vector<Problem> problems = make_problems();
-  for (const Problem& problem : problems) {
+  size_t count = 0;
+  for (size_t i = part; i < problems.size(); i += parts, ++count) {
+    const Problem& problem = problems[i];
     test<float>(problem);
     test<double>(problem);
     test<half_t>(problem);
     test<ms_deform_attn::bfloat16_t>(problem);  // Arm's headers have one, too
   }
-  std::printf("%zu problems in 4 dtypes: %d failures\n", problems.size(), failures);
+  std::printf("%zu problems in 4 dtypes: %d failures\n", count, failures);
   return failures != 0;
 }
