@@ -677,7 +677,8 @@ def build(
     """Builds one backend's variant, unless it is there already.
 
     Args:
-        archs: GPU architectures for CUDA, ["all"] for kernel-builder's, None for this machine's.
+        archs: GPU architectures for CUDA, sorted as strings; ["all"] for kernel-builder's; None for
+            this machine's.
         nvcc: The one to use; None for one that serves this machine's torch.
     """
     toolkit, compute = None, backend
@@ -690,9 +691,7 @@ def build(
             return
         compute = "cu" + "".join(map(str, toolkit.version))
         if archs == ["all"]:
-            archs = RELEASE_ARCHS[toolkit.version[0]]
-    # kernel-builder sorts them so, as strings: 10.0 comes before 9.0.
-    archs = sorted(set(archs)) if archs else None
+            archs = sorted(RELEASE_ARCHS[toolkit.version[0]])
     if say_if_current(kernel, backend, compute, archs):
         return
 
@@ -756,6 +755,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                 parser.error(str(error))
     if args.archs and "all" in args.archs and len(args.archs) > 1:
         parser.error("--archs has all beside others, expected all alone")
+    # kernel-builder sorts them so, as strings: 10.0 comes before 9.0.
+    args.archs = sorted(set(args.archs)) if args.archs else None
     return args
 
 

@@ -67,7 +67,7 @@ def problems(kernel: builder.Kernel, variant: Path) -> list[str]:
         found.append("does not tell which commit it was built from; build it in a git checkout")
     elif provenance.dirty:
         found.append("was built from a dirty tree; commit, then build it again")
-    elif provenance.kernel_builder.version == builder.BUILDER:
+    if provenance is None or provenance.kernel_builder.version == builder.BUILDER:
         backend = builder.backend_of(variant)
         if metadata.id != kernel.id(backend, variant.name, metadata.backend.archs or []):
             found.append("was built from other sources than these; build it again")

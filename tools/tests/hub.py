@@ -1,29 +1,26 @@
 """A stand-in for the Hub on this machine: kernel repositories over HTTP, kept in memory.
 
 It answers what huggingface_hub and kernels ask to create, fill, list and read a kernel repository,
-and it can be told to fail. What it knows of git is that a commit is a set of files.
+and it can be told to fail. What it knows of git is that a commit is a set of files, and it takes
+every file for a large one.
 """
 
-import base64
 import hashlib
 import json
 import re
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
-
-TOKEN = "hf_test"
-REPO = r"(\w[\w.-]*/[\w.-]+)"
-ROUTES = []  # (pattern of "GET /path", function)
 
 
 class Repository:
-    def __init__(self, files: "dict[str, bytes]", branch: str = "main"):
-        self.commits, self.refs, self.large = {}, {}, set()
+    def __init__(self, files: dict[str, bytes], branch: str = "main"):
+        self.commits, self.refs = {}, {}
         self.commit(branch, files)
 
-    def commit(self, branch: str, files: "dict[str, bytes]") -> str:
+    def commit(self, branch: str, files: dict[str, bytes]) -> str:
         listing = repr((branch, self.refs.get(branch), sorted(files.items())))
         commit = hashlib.sha1(listing.encode()).hexdigest()
         self.commits[commit], self.refs[branch] = dict(files), commit
@@ -36,14 +33,21 @@ class Repository:
             raise Refusal(404, f"there is no revision {revision}", "RevisionNotFound")
         return found
 
-    def files(self, revision: str) -> "dict[str, bytes]":
+    def files(self, revision: str) -> dict[str, bytes]:
         return self.commits[self.find(revision)]
 
-    def oid(self, path: str, content: bytes) -> str:
-        """What huggingface_hub compares with: the sha256 of large files, else git's."""
-        if path in self.large:
-            return hashlib.sha256(content).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    def tree(self, revision: str) -> list[dict]:
+        """Its folders and files."""
+        files = self.files(revision)
+        folders = {str(folder) for file in files for folder in PurePosixPath(file).parents} - {"."}
+        entries = {folder: ("directory", folder, 0) for folder in folders}
+        entries |= {file: ("file", oid(content), len(content)) for file, content in files.items()}
+        return [{"path": x, "type": t, "oid": o, "size": s} for x, (t, o, s) in entries.items()]
+
+
+def oid(content: bytes) -> str:
+    """What the Hub and huggingface_hub know a large file by."""
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Fault:
 
     request: str  # a regular expression of "GET /path"
     status: int = 500
-    sent: "int | None" = None  # of the body's bytes, before the connection breaks off
+    sent: int | None = None  # of the body's bytes, before the connection breaks off
     times: float = float("inf")
 
 
@@ -60,46 +64,44 @@ class Refusal(Exception):
     """Its arguments: the status, the message and huggingface_hub's code."""
 
 
-@dataclass
-class Hub:
+class Hub(ThreadingHTTPServer):
     """``with Hub() as hub``: serves at ``hub.url`` until the end of the block."""
 
-    repositories: dict = field(default_factory=dict)
-    objects: dict = field(default_factory=dict)  # large files by their sha256
-    faults: list = field(default_factory=list)
-    requests: list = field(default_factory=list)
-
-    def __enter__(self) -> "Hub":
-        handler = type("Handler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}  # uploaded files by their oid
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    hub: Hub
+    disable_nagle_algorithm = True  # else each answer waits 40 ms between its headers and its body
+    server: Hub
 
     def log_message(self, *_):
         pass
 
     def answer(self):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        request = f"{self.command} {unquote(urlsplit(self.path).path)}"
-        self.hub.requests.append(request)
-        matching = (f for f in self.hub.faults if f.times > 0 and re.search(f.request, request))
+        path = urlsplit(self.path).path
+        request = f"{self.command} {unquote(path)}"
+        self.server.requests.append(request)
+        matching = (f for f in self.server.faults if f.times > 0 and re.search(f.request, request))
         fault = next(matching, None)
         try:
             if fault is not None:
                 fault.times -= 1
                 if fault.sent is None:
                     raise Refusal(fault.status, "the stand-in was told to fail", "")
-            status, content, headers = self.find_answer(request)
+            status, content, headers = self.find([unquote(x) for x in path.split("/")[1:]])
         except Refusal as refusal:
             status, message, code = refusal.args
             content, headers = {}, {"X-Error-Message": message, "X-Error-Code": code}
@@ -116,129 +118,79 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
-    def find_answer(self, request):
-        for pattern, function in ROUTES:
-            match = re.fullmatch(pattern, request)
-            if match is None:
-                continue
-            groups = list(match.groups())
-            if REPO in pattern:
-                if groups[0] not in self.hub.repositories:
-                    raise Refusal(404, f"there is no {groups[0]}", "RepoNotFound")
-                groups[0] = self.hub.repositories[groups[0]]
-            if self.command not in ("GET", "HEAD", "PUT") and "validate" not in pattern:
-                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                    raise Refusal(401, "Invalid credentials", "")
-            found = function(self, *groups)
-            return found if isinstance(found, tuple) else (200, found, {})
-        raise Refusal(404, f"the stand-in does not know {request}", "")
+    def find(self, path: list[str]) -> tuple[int, object, dict[str, str]]:
+        """Status, content and headers."""
+        hub = self.server
+        match path:
+            case ["api", "validate-yaml"]:
+                return 200, {"errors": [], "warnings": []}, {}
+            case ["api", "repos", "create"]:
+                wanted = json.loads(self.body)
+                repo_id = f"{wanted['organization']}/{wanted['name']}"
+                hub.repositories[repo_id] = Repository({".gitattributes": b""})
+                return 200, {"url": f"{hub.url}/kernels/{repo_id}", "name": repo_id}, {}
+            case ["objects", name]:
+                hub.objects[name] = self.body
+                return 200, {}, {}
+            case ["api", "kernels", *words] | ["kernels", *words]:
+                repo_id = "/".join(words[:2]).removesuffix(".git")
+                if repo_id not in hub.repositories:
+                    raise Refusal(404, f"there is no {repo_id}", "RepoNotFound")
+                repository = hub.repositories[repo_id]
+                if words[2] == "resolve":
+                    return self.download(repository, words[3], "/".join(words[4:]))
+                return 200, self.ask(repository, words[2:]), {}
+        raise Refusal(404, f"the stand-in does not know {path}", "")
 
+    def download(self, repository: Repository, revision: str, path: str) -> tuple:
+        content = repository.files(revision)[path]
+        first = int(re.search(r"\d+", self.headers.get("Range", "bytes=0-"))[0])
+        headers = {"ETag": f'"{oid(content)}"', "X-Repo-Commit": repository.find(revision)}
+        headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        return 206 if first else 200, content[first:], headers
 
-def route(pattern: str):
-    return lambda function: ROUTES.append((pattern, function))
-
-
-@route(r"POST /api/validate-yaml")
-def validate_yaml(request):
-    return {"errors": [], "warnings": []}
-
-
-@route(r"POST /api/repos/create")
-def create(request):
-    wanted = json.loads(request.body)
-    repo_id = f"{wanted['organization']}/{wanted['name']}"
-    request.hub.repositories[repo_id] = Repository({".gitattributes": b""})
-    return {"url": f"{request.hub.url}/kernels/{repo_id}", "name": repo_id}
-
-
-@route(rf"(?:POST|DELETE) /api/kernels/{REPO}/branch/(.+)")
-def branch(request, repository, name):
-    if request.command == "DELETE":
-        del repository.refs[name]
-    else:
-        repository.refs[name] = repository.refs["main"]
-    return {}
-
-
-@route(rf"GET /api/kernels/{REPO}/refs")
-def list_refs(request, repository):
-    branches = [
-        {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
-        for name, commit in repository.refs.items()
-    ]
-    return {"branches": branches, "converts": [], "tags": []}
-
-
-@route(rf"GET /api/kernels/{REPO}/revision/(.+)")
-def info(request, repository, revision):
-    siblings = [{"rfilename": path} for path in sorted(repository.files(revision))]
-    return {"_id": "0", "id": "0", "sha": repository.find(revision), "siblings": siblings}
-
-
-@route(rf"GET /api/kernels/{REPO}/tree/(refs/heads/[^/]+|[^/]+)/?(.*)")
-def tree(request, repository, revision, folder):
-    recursive = re.search("recursive=(?i:true|1)", request.path)
-    start, entries = f"{folder}/" if folder else "", {}
-    for path, content in sorted(repository.files(revision).items()):
-        if path.startswith(start):
-            parts = path[len(start) :].split("/")
-            for depth in range(1, len(parts) if recursive else min(2, len(parts))):
-                above = start + "/".join(parts[:depth])
-                entries[above] = {"path": above, "type": "directory", "oid": above, "size": 0}
-            if recursive or len(parts) == 1:
-                oid = repository.oid(path, content)
-                entries[path] = {"path": path, "type": "file", "oid": oid, "size": len(content)}
-    return list(entries.values())
-
-
-@route(rf"(?:GET|HEAD) /kernels/{REPO}/resolve/([^/]+)/(.+)")
-def resolve(request, repository, revision, path):
-    content = repository.files(revision)[path]
-    first = int(re.search(r"\d+", request.headers.get("Range", "bytes=0-"))[0])
-    headers = {"ETag": f'"{repository.oid(path, content)}"'}
-    headers["X-Repo-Commit"] = repository.find(revision)
-    headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-    return 206 if first else 200, content[first:], headers
-
-
-@route(rf"POST /api/kernels/{REPO}/preupload/(.+)")
-def preupload(request, repository, revision):
-    there, files = repository.files(revision), []
-    for path in (file["path"] for file in json.loads(request.body)["files"]):
-        repository.large |= {path} if path.endswith(".so") else set()
-        mode = "lfs" if path in repository.large else "regular"
-        oid = {"oid": repository.oid(path, there[path])} if path in there else {}
-        files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **oid})
-    return {"files": files}
-
-
-@route(rf"POST /kernels/{REPO}.git/info/lfs/objects/batch")
-def large_files(request, repository):
-    entries = json.loads(request.body)["objects"]
-    for entry in entries:
-        if entry["oid"] not in request.hub.objects:
-            entry["actions"] = {"upload": {"href": f"{request.hub.url}/objects/{entry['oid']}"}}
-    return {"transfer": "basic", "objects": entries}
-
-
-@route(r"PUT /objects/(\w+)")
-def store(request, oid):
-    request.hub.objects[oid] = request.body
-    return {}
-
-
-@route(rf"POST /api/kernels/{REPO}/commit/(.+)")
-def commit(request, repository, revision):
-    before, files = repository.find(revision), dict(repository.files(revision))
-    for operation in map(json.loads, request.body.splitlines()):
-        key, value = operation["key"], operation["value"]
-        if key == "header" and value.get("parentCommit", before) != before:
-            raise Refusal(412, "the branch has moved", "")
-        elif key == "deletedFile":
-            del files[value["path"]]
-        elif key == "lfsFile":
-            files[value["path"]] = request.hub.objects[value["oid"]]
-        elif key == "file":
-            files[value["path"]] = base64.b64decode(value["content"])
-    oid = repository.commit(revision, files)
-    return {"commitOid": oid, "commitUrl": f"{request.hub.url}/kernels/org/name/commit/{oid}"}
+    def ask(self, repository: Repository, words: list[str]) -> object:
+        """What the API answers, as JSON."""
+        match [self.command, *words]:
+            case ["POST", "branch", name]:
+                repository.refs[name] = repository.refs["main"]
+                return {}
+            case ["DELETE", "branch", name]:
+                del repository.refs[name]
+                return {}
+            case ["GET", "refs"]:
+                branches = [
+                    {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+                    for name, commit in repository.refs.items()
+                ]
+                return {"branches": branches, "converts": [], "tags": []}
+            case ["GET", "revision", revision]:
+                return {"_id": "0", "id": "0", "sha": repository.find(revision)}
+            case ["GET", "tree", revision, *folder]:  # with what is in its folders, asked or not
+                start = "".join(f"{name}/" for name in folder)
+                return [x for x in repository.tree(revision) if x["path"].startswith(start)]
+            case ["POST", "preupload", revision]:
+                there = {entry["path"]: entry["oid"] for entry in repository.tree(revision)}
+                files = json.loads(self.body)["files"]
+                for file in files:
+                    file |= {"uploadMode": "lfs", "shouldIgnore": False}
+                    file["oid"] = there.get(file["path"])
+                return {"files": files}
+            case ["POST", "info", "lfs", "objects", "batch"]:
+                entries = json.loads(self.body)["objects"]
+                for entry in (x for x in entries if x["oid"] not in self.server.objects):
+                    href = f"{self.server.url}/objects/{entry['oid']}"
+                    entry["actions"] = {"upload": {"href": href}}
+                return {"transfer": "basic", "objects": entries}
+            case ["POST", "commit", revision]:
+                files = dict(repository.files(revision))
+                for operation in map(json.loads, self.body.splitlines()):
+                    value = operation["value"]
+                    if operation["key"] == "deletedFile":
+                        del files[value["path"]]
+                    elif operation["key"] == "lfsFile":
+                        files[value["path"]] = self.server.objects[value["oid"]]
+                commit = repository.commit(revision, files)
+                url = f"{self.server.url}/kernels/org/name/commit/{commit}"
+                return {"commitOid": commit, "commitUrl": url}
+        raise Refusal(404, f"the stand-in does not know {words}", "")

@@ -8,11 +8,12 @@ import pytest
 from test_interface import INTERFACE
 
 from tools import publish
-from tools.tests.releases import KERNEL, ROOT
+from tools.tests.conftest import KERNEL, ROOT
 
 PAGE = (ROOT / "docs/what-holds.md").read_text()
 
 
+@pytest.mark.slow  # half a minute of torch.compile and ONNX
 def test_the_examples_of_the_pages_run() -> None:
     """On this checkout, by the LOCAL_KERNELS that conftest.py has set."""
     command = [sys.executable, ROOT / "example.py"]
