@@ -8,7 +8,7 @@ and whole Python calls only: figures to quote come from ``python -m benchmarks``
 
 import math
 from functools import partial
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from kernels.benchmark import Benchmark
@@ -87,12 +87,12 @@ class Inputs(NamedTuple):
     sampling_locations: torch.Tensor
     attention_weights: torch.Tensor
 
-    def at(self, queries: Union[slice, torch.Tensor]) -> "Inputs":
-        """The same call for some of the queries."""
-        return self._replace(
-            sampling_locations=self.sampling_locations[:, queries],
-            attention_weights=self.attention_weights[:, queries],
-        )
+
+def of_queries(
+    tensors: Sequence[torch.Tensor], queries: Union[slice, torch.Tensor]
+) -> List[torch.Tensor]:
+    """The same call for some of the queries. The first three tensors are of all of them."""
+    return [*tensors[:3], *(tensor[:, queries] for tensor in tensors[3:])]
 
 
 def make_inputs(
@@ -100,8 +100,6 @@ def make_inputs(
     dtype: torch.dtype,
     device: Union[str, torch.device],
     seed: int = 0,
-    locations_dtype: Optional[torch.dtype] = None,
-    weights_dtype: Optional[torch.dtype] = None,
 ) -> Inputs:
     """Draws a workload's inputs in float32 on the CPU, the same on every machine, and casts them.
 
@@ -114,9 +112,6 @@ def make_inputs(
     The offset is Deformable DETR's initial bias (head h looks in direction 2*pi*h/heads, scaled so
     that its larger component is point + 1 pixels of the sampled level) plus N(0, 1) pixels for an
     encoder, N(0, 3) for a decoder. Locations are not clamped.
-
-    Args:
-        locations_dtype, weights_dtype: of the locations and of the weights, ``dtype`` if None.
 
     Returns:
         ``Inputs``. Where ``workload.points`` differs by level, the last dimensions (levels,
@@ -153,8 +148,8 @@ def make_inputs(
         value.to(device, dtype),
         sizes.to(device),
         (pixels.cumsum(0) - pixels).to(device),
-        locations.to(device, locations_dtype or dtype),
-        weights.to(device, weights_dtype or dtype),
+        locations.to(device, dtype),
+        weights.to(device, dtype),
     )
 
 
@@ -179,32 +174,31 @@ def make_grad_output(
 
 def gradients_in_chunks(
     function: Callable[..., torch.Tensor],
-    inputs: Inputs,
+    tensors: Sequence[torch.Tensor],
     grad_output: torch.Tensor,
     queries_per_chunk: int,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tuple[torch.Tensor, ...]:
     """An eager function's gradients, some queries at a time.
 
     Autograd keeps dozens of tensors the size of all samples; of a whole encoder they would not fit.
 
+    Args:
+        tensors: the function's arguments: value, shapes, starts, and then tensors of queries.
+
     Returns:
-        The gradients of value, sampling_locations and attention_weights.
+        The gradients of value and of the tensors of queries.
     """
-    grad_value = torch.zeros_like(inputs.value)
-    grad_locations: List[torch.Tensor] = []
-    grad_weights: List[torch.Tensor] = []
-    value = inputs.value.detach().requires_grad_()
+    grad_value = torch.zeros_like(tensors[0])
+    grads_of_queries = []
     for start in range(0, grad_output.shape[1], queries_per_chunk):
         chunk = slice(start, start + queries_per_chunk)
-        inputs_chunk = inputs.at(chunk)
-        locations = inputs_chunk.sampling_locations.detach().requires_grad_()
-        weights = inputs_chunk.attention_weights.detach().requires_grad_()
-        output = function(value, *inputs[1:3], locations, weights)
-        gradients = torch.autograd.grad(output, (value, locations, weights), grad_output[:, chunk])
+        value, shapes, starts, *others = of_queries(tensors, chunk)
+        leaves = [tensor.detach().requires_grad_() for tensor in (value, *others)]
+        output = function(leaves[0], shapes, starts, *leaves[1:])
+        gradients = torch.autograd.grad(output, leaves, grad_output[:, chunk])
         grad_value += gradients[0]
-        grad_locations.append(gradients[1])
-        grad_weights.append(gradients[2])
-    return grad_value, torch.cat(grad_locations, 1), torch.cat(grad_weights, 1)
+        grads_of_queries.append(gradients[1:])
+    return (grad_value, *(torch.cat(parts, 1) for parts in zip(*grads_of_queries)))
 
 
 class Forward(Benchmark):

@@ -9,7 +9,6 @@ time is then taken in units of that implementation's in the same file.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -18,36 +17,27 @@ from rich.text import Text
 from .implementations import OURS
 from .records import case_of, command, is_absent, latest, read, show
 
-RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 
-class Ratio(NamedTuple):
-    """After over before: below 1 is faster."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-def ratio_of_medians(before: list[np.ndarray], after: list[np.ndarray]) -> Ratio:
-    """The ratio, with the interval that resampling gives it.
+def ratio_of_medians(before: list, after: list, *units: list) -> tuple[float, float, float]:
+    """The ratio, and the interval that resampling gives it.
 
     Args:
-        before, after: times, and, if the times are relative, those of what they are relative to.
+        before, after: times.
+        units: what they are relative to, if anything: the times of it, before and after.
     """
-    generator = np.random.default_rng(0)
+    from scipy.stats import bootstrap
 
-    def medians(times: np.ndarray) -> np.ndarray:
-        return np.median(generator.choice(times, (RESAMPLES, len(times))), axis=1)
+    def ratio(before, after, *units, axis=-1):
+        result = np.median(after, axis) / np.median(before, axis)
+        return result * ratio(*units[::-1], axis=axis) if units else result
 
-    def relative(numbers):
-        return numbers[0] / numbers[1] if len(numbers) > 1 else numbers[0]
-
-    estimate = relative([np.median(t) for t in after]) / relative([np.median(t) for t in before])
-    resampled = relative([medians(t) for t in after]) / relative([medians(t) for t in before])
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Ratio(float(estimate), float(low), float(high))
+    times = (before, after, *units)
+    found = bootstrap(
+        times, ratio, n_resamples=2000, confidence_level=CONFIDENCE, method="percentile", rng=0
+    )
+    return float(ratio(*times)), *map(float, found.confidence_interval)
 
 
 def compare(
@@ -56,7 +46,7 @@ def compare(
     implementations: list[str],
     threshold: float,
     unit: str | None = None,
-) -> list[tuple[tuple, str, Ratio | None, str]]:
+) -> list[tuple[tuple, str, tuple | None, str]]:
     """What both have, of the implementations named: (case, implementation, ratio, verdict).
 
     The verdict is "slower", "wrong", "faster" or ""; what is wrong has no ratio.
@@ -77,10 +67,11 @@ def compare(
         if not record["ok"]:
             found.append((case, name, None, "wrong"))
         elif all(file.get(key, {}).get("ok") for key in keys for file in (old, new)):
-            times = [[np.asarray(f[k]["lat_ms"]["raw_times"]) for k in keys] for f in (old, new)]
-            ratio = ratio_of_medians(*times)
-            faster = "faster" if ratio.high < 1 / threshold else ""
-            found.append((case, name, ratio, "slower" if ratio.low > threshold else faster))
+            ratio = ratio_of_medians(
+                *(file[key]["lat_ms"]["raw_times"] for key in keys for file in (old, new))
+            )
+            faster = "faster" if ratio[2] < 1 / threshold else ""
+            found.append((case, name, ratio, "slower" if ratio[1] > threshold else faster))
     if not found:
         raise ValueError(f"the files share no right result of {', '.join(implementations)}")
     return found
@@ -94,9 +85,7 @@ def build_table(comparisons: list, threshold: float, unit: str | None) -> Table:
     for column in ("workload", "dtype", "pass", "implementation", "ratio", "interval", "verdict"):
         table.add_column(column, no_wrap=True)
     for case, name, ratio, verdict in comparisons:
-        figures = ("-", "-")
-        if ratio is not None:
-            figures = f"{ratio.estimate:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}"
+        figures = ("{:.3f}".format(*ratio), "{1:.3f} to {2:.3f}".format(*ratio)) if ratio else "--"
         style = {"slower": "red", "wrong": "red", "faster": "green"}.get(verdict, "")
         table.add_row(*case, name, *figures, Text(verdict, style=style))
     return table

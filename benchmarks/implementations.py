@@ -1,22 +1,13 @@
 """What is compared. To add an implementation, add an entry to ``IMPLEMENTATIONS``."""
 
-import math
-import os
-import re
-from functools import cache, partial
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 
 import torch
-from kernels import get_kernel
 from torch.nn import functional as F
 
 from .benchmark import Inputs, Workload
-from .operators import Gradients, Implementation, Operator, Unsupported, for_points_of
+from .operators import Implementation, Operator, for_points_of, get_project_kernel
 from .peers import PEERS
-
-ROOT = Path(__file__).resolve().parent.parent
-REPOSITORY = re.search(r'^repo-id = "(.+)"', (ROOT / "build.toml").read_text(), re.M)[1]
 
 
 def seed_eager(
@@ -120,69 +111,39 @@ def _grid_sample_of(workload: Workload):
     return partial(for_points_of(workload, grid_sample), shapes=workload.shapes)
 
 
-@cache
-def get_project_kernel() -> ModuleType:
-    """This checkout's kernel, the way users load it from the Hub."""
-    os.environ.setdefault("LOCAL_KERNELS", f"{REPOSITORY}={ROOT}")
-    # A CUDA build of torch makes the loader pick the CUDA variant, GPU or not.
-    backend = None if torch.cuda.is_available() else "cpu"
-    return get_kernel(REPOSITORY, version=1, backend=backend)
-
-
 def _load_kernel(workload: Workload) -> Operator:
     kernel = get_project_kernel()
-    forward = for_points_of(workload, kernel.ms_deform_attn)
-    try:
-        return Operator(forward, for_points_of(workload, kernel.ms_deform_attn_backward))
-    except Unsupported:
-        return Operator(forward)
+    # It takes one number of points for all levels.
+    backward = kernel.ms_deform_attn_backward if isinstance(workload.points, int) else None
+    return Operator(for_points_of(workload, kernel.ms_deform_attn), backward)
 
 
 def _load_fused(workload: Workload) -> Operator:
     """From reference points, offsets and logits, which a model's linear layers give."""
     counts = torch.tensor(workload.points_per_level)
     sizes = torch.tensor(workload.shapes).flip(1).repeat_interleave(counts, 0)  # of each point
+    kernel = get_project_kernel()
 
     def arrange(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         value, shapes, starts, locations, weights = inputs
-        per_point = _per_point(locations, sizes)
+        flat = locations.double().flatten(3, -2)  # the points of all levels in one dimension
         # One reference point a query, amid its points.
-        references = locations.double().flatten(2, -2).mean(2)[:, :, None].to(locations.dtype)
-        around = references.double().view(*references.shape[:2], *[1] * (locations.ndim - 3), 2)
-        offsets = (locations.double() - around) * per_point
-        logits = weights.double().log().to(weights.dtype)
-        return value, shapes, starts, references, offsets.to(locations.dtype), logits
-
-    def meaning(inputs: Inputs) -> Inputs:
-        value, shapes, starts, references, offsets, logits = arrange(inputs)
-        around = references.double().view(*references.shape[:2], *[1] * (offsets.ndim - 3), 2)
-        per_point = _per_point(offsets, sizes)
-        pixels = around * per_point + offsets.double()
-        locations = pixels / per_point
-        # A point exactly on a pixel's centre stays there: before it, the gradient is another.
-        before = (locations * per_point - 0.5).floor() < (pixels - 0.5).floor()
-        locations[before] = locations[before].nextafter(locations.new_tensor(math.inf))
-        weights = logits.double().flatten(3).softmax(-1).view_as(logits)
-        return Inputs(value, shapes, starts, locations, weights)
-
-    def gradients(grads: tuple[torch.Tensor, ...]) -> Gradients:
-        grad_value, grad_references, grad_offsets, grad_logits = grads
-        return grad_value, grad_offsets, grad_logits, grad_references
+        references = flat.mean((2, 3))[:, :, None].to(locations.dtype)
+        offsets = (flat - references.double()[:, :, None]) * sizes.to(flat)
+        offsets = offsets.view_as(locations).to(locations.dtype)
+        return value, shapes, starts, references, offsets, weights.double().log().to(weights.dtype)
 
     return Operator(
-        for_points_of(workload, get_project_kernel().fused_ms_deform_attn),
+        for_points_of(workload, kernel.fused_ms_deform_attn),
         arrange=arrange,
-        gradients=gradients,
-        takes_logits=True,
-        of_offsets=lambda grad_locations: grad_locations / _per_point(grad_locations, sizes),
-        meaning=meaning,
+        reference=for_points_of(workload, kernel.reference.fused_ms_deform_attn),
+        names=(
+            "grad_value",
+            "grad_reference_points",
+            "grad_sampling_offsets",
+            "grad_attention_logits",
+        ),
     )
-
-
-def _per_point(tensor: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """``sizes``, (all points, 2), on the tensor's device, by level and point where it is so."""
-    sizes = sizes.to(tensor.device, torch.float64)
-    return sizes.view(tensor.shape[3:]) if tensor.ndim == 6 else sizes
 
 
 BASELINE = "seed_eager"  # speed-ups are over this one

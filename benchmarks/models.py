@@ -15,35 +15,33 @@ as the model has attentions, on the implementation named.
 Configurations are transformers' defaults, weights are random: no network is needed. Batch norms are
 given the statistics of a first image, without which half types overflow; sampling offsets are
 spread by about a pixel, as in the suite's workloads. transformers freezes a ResNet that is not
-timm's; deformable_detr_whole trains its last three stages, as the paper does. On a CPU float16
-takes minutes a step without instructions for it.
+timm's. On a CPU float16 takes minutes a step without instructions for it.
 """
 
 import copy
-import gc
 import importlib.metadata
-import statistics
 import sys
-import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from . import environment
-from .checks import TOLERANCES, load_reference
-from .implementations import FUSED, KERNEL, get_project_kernel
-from .records import Results, add_names, command, failed
+from .benchmark import of_queries
+from .checks import TOLERANCES, relative_error
+from .implementations import FUSED, KERNEL
+from .operators import get_project_kernel
+from .records import Results, add_names, add_run, command, failed, recorder
 from .render import build_table
-from .suite import DTYPES
+from .suite import DTYPES, free_memory
 from .timing import Effort, summarize, timed_call
 from .workloads import select
 
@@ -66,53 +64,50 @@ class Model:
     attentions: int = 6  # modules that sample, once a forward
     function: str | None = None  # where it samples, if not in the layer that kernelize replaces
     masks: bool = False  # its labels have masks instead of boxes
-    train_backbone: bool = False  # all but the ResNet's stem and first stage
 
 
-_DETR = ("DeformableDetrConfig", "DeformableDetrForObjectDetection")
 _STAGES = {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]}
-_DETR_SETTINGS = {"backbone_config": _STAGES, "num_labels": 91}
-_PLAIN, _WITH_POINTS = "multi_scale_deformable_attention", "multi_scale_deformable_attention_v2"
+_80, _91 = {"num_labels": 80}, {"num_labels": 91}
+_DETR = ("DeformableDetrConfig", "DeformableDetrForObjectDetection")
+_MASK2FORMER = ("Mask2FormerConfig", "Mask2FormerForUniversalSegmentation")
+_FUNCTION = "multi_scale_deformable_attention"
 MODELS = {
-    "deformable_detr": Model(*_DETR, _DETR_SETTINGS, (800, 1333), 12),
-    "rt_detr": Model("RTDetrConfig", "RTDetrForObjectDetection", {"num_labels": 80}),
-    "mask2former": Model(
-        *("Mask2FormerConfig", "Mask2FormerForUniversalSegmentation", {"num_labels": 80}),
-        *((1024, 1024), 6, _PLAIN),
-        masks=True,
-    ),
+    "deformable_detr": Model(*_DETR, _91 | {"backbone_config": _STAGES}, (800, 1333), 12),
+    "rt_detr": Model("RTDetrConfig", "RTDetrForObjectDetection", _80),
+    "mask2former": Model(*_MASK2FORMER, _80, (1024, 1024), function=_FUNCTION, masks=True),
     "d_fine": Model(
-        *("DFineConfig", "DFineForObjectDetection"),
-        {"num_labels": 80, "decoder_n_points": [3, 6, 3]},
-        function=_WITH_POINTS,
+        *("DFineConfig", "DFineForObjectDetection", _80 | {"decoder_n_points": [3, 6, 3]}),
+        function=f"{_FUNCTION}_v2",
     ),
-    "rf_detr": Model("RfDetrConfig", "RfDetrForObjectDetection", {"num_labels": 91}, (560, 560), 3),
-    "deformable_detr_whole": Model(*_DETR, _DETR_SETTINGS, (800, 1333), 12, train_backbone=True),
+    "rf_detr": Model("RfDetrConfig", "RfDetrForObjectDetection", _91, (560, 560), 3),
 }
 
 
 @dataclass(frozen=True)
 class Implementation:
-    tags: dict[str, str]
-    ours: bool = False  # this project's operator takes the place of transformers'
-    fused: bool = False  # and that of the attention as a whole, not of the sampling alone
-    compiled: bool = False  # in inference with CUDA graphs, as mode "reduce-overhead" does
-    baseline: str | None = None  # what its speed-up is over
+    operator: str  # EAGER is transformers'; FUSED takes the place of the attention as a whole
+    compiled: bool  # in inference with CUDA graphs, as mode "reduce-overhead" does
 
+    @property
+    def ours(self) -> bool:
+        return self.operator != EAGER
 
-def _implementation(ours: bool, fused: bool, compiled: bool) -> Implementation:
-    backend = "compiled" if compiled else "native" if ours else "eager"
-    tags = {"family": "hf-kernels" if ours else "transformers", "backend": backend}
-    baseline = EAGER_COMPILED if ours and compiled else EAGER if ours or compiled else None
-    return Implementation(tags, ours, fused, compiled, baseline)
+    @property
+    def tags(self) -> dict[str, str]:
+        backend = "compiled" if self.compiled else "native" if self.ours else "eager"
+        return {"family": "hf-kernels" if self.ours else "transformers", "backend": backend}
+
+    @property
+    def baseline(self) -> str:
+        """What its speed-up is over."""
+        return f"{EAGER}_compiled" if self.compiled and self.ours else EAGER
 
 
 EAGER = "eager"
-EAGER_COMPILED = "eager_compiled"
 IMPLEMENTATIONS = {
-    f"{name}{'_compiled' * compiled}": _implementation(name != EAGER, name == FUSED, compiled)
+    f"{operator}{'_compiled' * compiled}": Implementation(operator, compiled)
     for compiled in (False, True)
-    for name in (EAGER, FUSED, KERNEL)
+    for operator in (EAGER, FUSED, KERNEL)
 }
 OURS = [name for name, item in IMPLEMENTATIONS.items() if item.ours]
 
@@ -159,10 +154,6 @@ def _pretrained(name: str) -> nn.Module:
             model(torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(2)))
     for hook in hooks:
         hook.remove()
-    if spec.train_backbone:
-        for parameter_name, parameter in model.named_parameters():
-            if any(f"encoder.stages.{stage}." in parameter_name for stage in (1, 2, 3)):
-                parameter.requires_grad_(True)
     return model
 
 
@@ -263,7 +254,7 @@ def place(implementation: Implementation, model: nn.Module) -> Callable[[], Abst
     if not implementation.ours:
         return nullcontext
     in_use = get_project_kernel().integrations.use_in_transformers
-    return partial(in_use, model, fuse=implementation.fused)
+    return partial(in_use, model, fuse=implementation.operator == FUSED)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -284,9 +275,9 @@ class Observer:
         function = MODELS[case.model].function
         with ExitStack() as stack:
             if fused:
-                owner, name = get_project_kernel().modules, "fused_ms_deform_attn"
-                compare = partial(self._compare, load_reference(name))
-                stack.enter_context(_observed(owner, name, compare))
+                kernel, name = get_project_kernel(), "fused_ms_deform_attn"
+                compare = partial(self._compare, kernel.reference.fused_ms_deform_attn)
+                stack.enter_context(_observed(kernel.modules, name, compare))
             elif function is None:
                 for layer in _layers(model):
                     stack.callback(layer.register_forward_hook(self._after_layer).remove)
@@ -299,7 +290,8 @@ class Observer:
 
     def _after_layer(self, layer: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
         value, shapes, _, starts, locations, weights, _ = arguments
-        self._compare(load_reference(), output, value, shapes, starts, locations, weights)
+        reference = get_project_kernel().reference.ms_deform_attn
+        self._compare(reference, output, value, shapes, starts, locations, weights)
 
     def _after_function(self, output, value, shapes, locations, weights, points=None, method=None):
         sizes = torch.as_tensor(shapes, device=value.device)
@@ -307,7 +299,8 @@ class Observer:
         options = {} if points is None else {"points_per_level": list(points)}
         if method not in (None, "default"):
             raise ValueError(f"method is {method}, expected default, which is bilinear")
-        self._compare(load_reference(), output, value, sizes, starts, locations, weights, **options)
+        reference = get_project_kernel().reference.ms_deform_attn
+        self._compare(reference, output, value, sizes, starts, locations, weights, **options)
 
     @torch.no_grad()
     def _compare(self, reference: Callable, output: torch.Tensor, *arguments, **options) -> None:
@@ -317,10 +310,9 @@ class Observer:
         count = output.shape[1]
         some = torch.linspace(0, count - 1, min(count, CHECKED_QUERIES), device=output.device)
         some = some.round().long()
-        arguments = [*arguments[:3], *(tensor[:, some] for tensor in arguments[3:])]
+        arguments = of_queries(arguments, some)
         doubled = [x.double() if x.is_floating_point() else x for x in arguments]
-        expected = reference(*doubled, **options)
-        error = float((output[:, some].double() - expected).norm() / expected.norm())
+        error = relative_error(output[:, some], reference(*doubled, **options))
         # Written so that a NaN stays.
         self.error = error if not error <= self.error else self.error
 
@@ -336,21 +328,16 @@ class Observer:
         }
 
 
-@contextmanager
-def _observed(owner, name: str, observe: Callable) -> Iterator[None]:
+def _observed(owner, name: str, observe: Callable) -> AbstractContextManager:
     """``observe(output, *arguments)`` after each call of a function that ``owner`` holds."""
-    kept, function = vars(owner)[name], getattr(owner, name)
+    function = getattr(owner, name)
 
     def observed(*arguments, **options):
         output = function(*arguments, **options)
         observe(output, *arguments, **options)
         return output
 
-    setattr(owner, name, observed)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
+    return mock.patch.object(owner, name, observed)
 
 
 def not_finite(model: nn.Module, outputs) -> list[str]:
@@ -376,9 +363,9 @@ class Subject:
         self._context = place(implementation, model)
         self._step = make_step(case, model, model, inputs)
         observer = Observer()
-        with self._context(), observer.watch(case, model, implementation.fused):
-            for layer in _layers(model) if implementation.ours else ():
-                if not implementation.fused and "transformers." in layer.forward.__module__:
+        with self._context(), observer.watch(case, model, implementation.operator == FUSED):
+            for layer in _layers(model) if implementation.operator == KERNEL else ():
+                if "transformers." in layer.forward.__module__:
                     raise RuntimeError(f"{case.model} keeps transformers' layer")
             self._step()
         if observer.calls != MODELS[case.model].attentions:
@@ -423,8 +410,7 @@ def measure(case: Case, names: list[str], device: torch.device, effort: Effort) 
         traceback.clear_frames(error.__traceback__)
         subjects.pop(name, None)
         results[name] = {**failed(error), "images_per_s": None, "ratio": None}
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
 
     torch.compiler.reset()
     for name in names:
@@ -460,11 +446,11 @@ def measure(case: Case, names: list[str], device: torch.device, effort: Effort) 
 def _ratio(name: str, times: dict[str, list[float]]) -> dict | None:
     """The baseline's time over this one's, round by round: quartiles."""
     baseline = IMPLEMENTATIONS[name].baseline
-    if baseline not in times:
+    if baseline not in times or baseline == name:
         return None
     ratios = [slow / fast for slow, fast in zip(times[baseline], times[name])]
-    quartiles = statistics.quantiles(ratios, method="inclusive") if ratios[1:] else ratios * 3
-    return {"to": baseline, **dict(zip(("p25", "p50", "p75"), quartiles)), "rounds": len(ratios)}
+    p25, p50, p75 = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    return {"to": baseline, "p25": p25, "p50": p50, "p75": p75, "rounds": len(ratios)}
 
 
 def describe(device: torch.device) -> dict:
@@ -479,44 +465,36 @@ def run(
     cases: list[Case], names: list[str], device: torch.device, effort: Effort, results: Results
 ) -> Iterator[dict]:
     """Yields a record for every implementation of the cases that ``results`` does not have yet."""
-    run_id, env = uuid.uuid4().hex, describe(device)
+    env = describe(device)
+    record = recorder(env)
     for case in (progress := tqdm(cases, unit="case", dynamic_ncols=True)):
         wl = case.as_workload()
         progress.set_description(f"{wl['name']} {case.dtype} {case.mode}")
         if all(results.has(name, wl, env) for name in names):
             continue
         figures = measure(case, names, device, effort)
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
         for name in names:
-            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            head = {"ts": now, "run": run_id, "impl": name, "tags": IMPLEMENTATIONS[name].tags}
-            yield {**head, "wl": wl, "env": env, **figures[name]}
+            yield record(name, IMPLEMENTATIONS[name].tags, wl, figures[name])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the cases; the exit status is 1 if a model on this project's kernel failed."""
     parser = command("models", __doc__)
-    cuda = torch.cuda.is_available()
-    defaults = {
-        "--models": ["deformable_detr", "rt_detr", "mask2former"],
-        "--impls": [EAGER, FUSED],
-    }
-    defaults |= {"--dtypes": MODEL_DTYPES if cuda else ["float32"], "--modes": ["inference"]}
-    known = (MODELS, IMPLEMENTATIONS, MODEL_DTYPES, MODES)
-    for (option, default), names in zip(defaults.items(), known):
-        add_names(parser, option, names, " ".join(default))
+    on_gpu = torch.cuda.is_available()
+    known = {"models": MODELS, "impls": IMPLEMENTATIONS, "dtypes": MODEL_DTYPES, "modes": MODES}
+    defaults = {"models": ["deformable_detr", "rt_detr", "mask2former"], "impls": [EAGER, FUSED]}
+    defaults |= {"dtypes": MODEL_DTYPES if on_gpu else ["float32"], "modes": ["inference"]}
+    for name, default in defaults.items():
+        add_names(parser, f"--{name}", known[name], " ".join(default))
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
-    parser.add_argument("--reps", type=int, help="rounds of steps; default: of 2 seconds each row")
-    parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
-    parser.add_argument("--resume", action="store_true", help="skip what --out has measured")
+    add_run(parser, "rounds of steps; default: of 2 seconds each row")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     try:
         models, implementations, dtypes, modes = (
-            select(getattr(options, option[2:]) or default, list(names))
-            for (option, default), names in zip(defaults.items(), known)
+            select(getattr(options, name) or default, list(known[name]))
+            for name, default in defaults.items()
         )
         results = Results.open(options.out, "models", device, options.resume)
     except ValueError as error:
@@ -526,6 +504,6 @@ def main(arguments: list[str] | None = None) -> int:
         Case(m, batch, f"{d}_autocast" if mode == "training" and d != "float32" else d, mode)
         for m, batch, mode, d in product(models, options.batches, modes, dtypes)
     ]
-    effort = Effort(options.reps, budget_ms=2000, min_reps=10 if cuda else 3, max_reps=30)
+    effort = Effort(options.reps, budget_ms=2000, min_reps=10 if on_gpu else 3, max_reps=30)
     records = run(cases, implementations, device, effort, results)
     return results.collect(records, build_table, lambda r: r["impl"] in OURS)

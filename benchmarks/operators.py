@@ -1,20 +1,26 @@
 """The form that everything compared is brought into."""
 
 import inspect
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from kernels import get_kernel
 
 from .benchmark import Inputs, Workload
 
+ROOT = Path(__file__).resolve().parent.parent
+REPOSITORY = re.search(r'^repo-id = "(.+)"', (ROOT / "build.toml").read_text(), re.M)[1]
 # A function of the tensors that ``Operator.arrange`` returns, giving (batch, queries,
 # heads * channels).
 Forward = Callable[..., torch.Tensor]
-# Of value, locations and weights; then, from an operator that has them, of its reference points.
-Gradients = tuple[torch.Tensor, ...]
+Tensors = Sequence[torch.Tensor]
 
 
 class Unsupported(Exception):
@@ -26,31 +32,26 @@ class Operator(NamedTuple):
 
     forward: Forward
     # A function of the arranged inputs and grad_output; None where autograd is the way.
-    backward: Callable[..., tuple[torch.Tensor, ...]] | None = None
+    backward: Callable[..., Tensors] | None = None
     # What forward takes, made of the inputs before the clock starts: the five tensors themselves,
-    # or whatever a peer wants instead.
-    arrange: Callable[[Inputs], tuple[torch.Tensor, ...]] = tuple
-    # The gradients, from those of the arranged tensors.
-    gradients: Callable[[tuple[torch.Tensor, ...]], Gradients] = tuple
-    # Whether the peer takes the softmax itself, so that its last gradient is that of logits.
-    takes_logits: bool = False
-    # Where it takes offsets, so that its second gradient is theirs: that, of the locations'.
-    of_offsets: Callable[[torch.Tensor], torch.Tensor] | None = None
-    # The inputs that the arranged tensors stand for, in float64, where rounding these makes them
-    # others than those of the workload.
-    meaning: Callable[[Inputs], Inputs] | None = None
+    # or value, shapes, starts and whatever tensors of queries a peer wants instead.
+    arrange: Callable[[Inputs], Tensors] = tuple
+    # What forward is meant to be, in float64; None for the plain operator.
+    reference: Forward | None = None
+    # What is compared, made of the gradients of the arranged tensors, and its names.
+    gradients: Callable[[Tensors], Tensors] = tuple
+    names: Sequence[str] = ("grad_value", "grad_sampling_locations", "grad_attention_weights")
 
-    def prepare_backward(self, inputs: Inputs) -> Callable[[torch.Tensor], tuple]:
+    def prepare_backward(self, arguments: Tensors) -> Callable[[torch.Tensor], Tensors]:
         """A function of grad_output that does the backward's work and no other.
 
-        It returns the gradients of the arranged floating-point tensors. For autograd the forward
-        happens here, once, and its graph is kept.
+        It returns the gradients of the floating-point ``arguments``, which are arranged. For
+        autograd the forward happens here, once, and its graph is kept.
         """
-        arguments = self.arrange(inputs)
         if self.backward is not None:
             return lambda grad_output: self.backward(*arguments, grad_output)
-        floating = [x.detach().requires_grad_() if x.is_floating_point() else x for x in arguments]
-        leaves, arguments = [x for x in floating if x.requires_grad], floating
+        arguments = [x.detach().requires_grad_(x.is_floating_point()) for x in arguments]
+        leaves = [x for x in arguments if x.requires_grad]
         output = self.forward(*arguments)
         return lambda grad_output: torch.autograd.grad(
             output, leaves, grad_output, retain_graph=True
@@ -64,6 +65,20 @@ class Implementation:
     load: Callable[[Workload], Operator]
     # Called once; what it raises is recorded as the reason why the implementation is not there.
     find: Callable[[], object] = lambda: None
+
+
+@cache
+def get_project_kernel() -> ModuleType:
+    """This checkout's kernel, the way users load it from the Hub."""
+    os.environ.setdefault("LOCAL_KERNELS", f"{REPOSITORY}={ROOT}")
+    # A CUDA build of torch makes the loader pick the CUDA variant, GPU or not.
+    backend = None if torch.cuda.is_available() else "cpu"
+    return get_kernel(REPOSITORY, version=1, backend=backend)
+
+
+def plain_reference(workload: Workload) -> Forward:
+    """The eager definition of the operator."""
+    return for_points_of(workload, get_project_kernel().reference.ms_deform_attn)
 
 
 def for_points_of(workload: Workload, function: Callable) -> Callable:

@@ -12,7 +12,7 @@ import torch
 from kernels import get_kernel
 
 from .benchmark import Inputs, Workload
-from .operators import Gradients, Implementation, Operator, Unsupported
+from .operators import Implementation, Operator, Unsupported, plain_reference
 
 IM2COL_STEP = 64  # what the models pass
 COMMUNITY = "kernels-community/deformable-detr"
@@ -84,48 +84,37 @@ def _load_libreyolo(function, workload: Workload) -> Operator:
 
 
 def _load_dcnv4(function, workload: Workload) -> Operator:
-    """Locations and logits come in one tensor, and the softmax is part of the call."""
+    """Locations and logits come in one tensor, and the softmax is part of the call: of (batch,
+    queries, heads, 3 * levels * points), x and y of each point, then the logit of each."""
     points, levels = workload.points, len(workload.shapes)
     if points not in (4, 8) or levels > 5:
         # It is compiled for no others, and does not say so.
         raise Unsupported(f"points is {points} in {levels} levels, expected 4 or 8 in at most 5")
+    plain, samples = plain_reference(workload), levels * points
+
+    def arrange(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        value, shapes, starts, locations, weights = inputs
+        if value.element_size() != 2:
+            raise Unsupported(f"value is {value.dtype}, expected a half type")
+        # Any constant may be added to them; around zero they lose least to rounding.
+        logits = weights.double().flatten(3).log()
+        logits = logits - logits.mean(-1, keepdim=True)
+        return value, shapes, starts, torch.cat((locations.flatten(3), logits), -1).to(value.dtype)
+
+    def reference(value, shapes, starts, both):
+        locations, logits = both.split((2 * samples, samples), -1)
+        locations = locations.unflatten(-1, (levels, points, 2))
+        return plain(
+            value, shapes, starts, locations, logits.softmax(-1).view(locations.shape[:-1])
+        )
+
     return Operator(
         forward=lambda *arguments: function.apply(*arguments, IM2COL_STEP, points),
-        arrange=_with_logits,
-        gradients=partial(_without_logits, levels=levels, points=points),
-        takes_logits=True,
-        meaning=_of_logits,
+        arrange=arrange,
+        reference=reference,
+        gradients=lambda grads: (grads[0], *grads[1].split((2 * samples, samples), -1)),
+        names=("grad_value", "grad_sampling_locations", "grad_attention_logits"),
     )
-
-
-def _with_logits(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    """value, both of the metadata, and (batch, queries, heads, 3 * levels * points): x and y of
-    each point, then the logit of each."""
-    value, shapes, starts, locations, weights = inputs
-    if value.element_size() != 2:
-        raise Unsupported(f"value is {value.dtype}, expected a half type")
-    # Any constant may be added to them; around zero they lose least to rounding.
-    logits = weights.double().flatten(3).log()
-    logits = logits - logits.mean(-1, keepdim=True)
-    return value, shapes, starts, torch.cat((locations.flatten(3), logits), -1).to(value.dtype)
-
-
-def _of_logits(inputs: Inputs) -> Inputs:
-    """With the weights, in float64, that the rounded logits stand for. Where the locations lose
-    bits to the dtype of value, that is the peer's own doing."""
-    weights = inputs.attention_weights
-    logits = _with_logits(inputs)[3][..., -weights[0, 0, 0].numel() :]
-    return inputs._replace(attention_weights=logits.double().softmax(-1).view_as(weights))
-
-
-def _without_logits(
-    gradients: tuple[torch.Tensor, torch.Tensor], levels: int, points: int
-) -> Gradients:
-    grad_value, grad_both = gradients
-    samples = levels * points
-    grad_locations, grad_logits = grad_both.split((2 * samples, samples), -1)
-    grad_locations = grad_locations.unflatten(-1, (levels, points, 2))
-    return grad_value, grad_locations, grad_logits.unflatten(-1, (levels, points))
 
 
 _DEFORMOPS = partial(_peer, "deformops", "triton", lambda: import_module("deformops.registry"))

@@ -1,12 +1,10 @@
-"""Files of records, one JSON object a line: written as they come, so that an end loses nothing.
-
-Those in results/ have what pages and ``compare`` need: see ``publish``.
-"""
+"""Files of records, one JSON object a line: written as they come, so that an end loses nothing."""
 
 import argparse
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -41,51 +39,47 @@ def read(files: Iterable[Path]) -> list[dict]:
     return records
 
 
-_WORKLOAD = ("name", "dtype", "pass")
-_ENVIRONMENT = (
-    "torch cuda gpu cpu device threads nvidia_smi copy_gb_per_s transformers triton commit"
-)
-_RESULT = "peak_bytes ok err floor_ms ceiling_ms images_per_s ratio"
+# Of a published record; None: as it is. Times of single calls are for ``compare`` alone.
+_PUBLISHED = {
+    "ts": None,
+    "impl": None,
+    "wl": dict.fromkeys(("name", "dtype", "pass")),
+    "env": dict.fromkeys(
+        "torch cuda gpu cpu device threads nvidia_smi copy_gb_per_s transformers triton commit"
+        "".split()
+    ),
+    "lat_ms": dict.fromkeys(("p50", "iqr", "sets")),
+    **dict.fromkeys("peak_bytes ok err floor_ms ceiling_ms images_per_s ratio".split()),
+    "corr": dict.fromkeys(("error", "tolerance", "not_finite")),
+}
 
 
 def publish(file: Path, check: bool = False) -> bool:
     """Takes from a file in results/ what no page and no command needs; True if there was some.
 
-    Times of single calls stay in guard-*, which ``compare`` reads, and in .local files. Of a file
-    whose name ends in -accuracy, errors are what is read. Numbers keep five digits.
+    Files that ``compare`` reads (guard-*), of this machine (.local) and of a script of its own are
+    left as they are. Numbers keep five digits.
     """
-    before = read([file])
-    if file.name.startswith("guard-") or ".local" in file.name:
-        return False
-    if not all("impl" in record for record in before):  # of a script of its own
+    records = read([file])
+    if file.name.startswith("guard-") or ".local" in file.name or "impl" not in records[0]:
         return False
     lines, env = [], None
-    for record in before:
-        kept = {"ts": record["ts"], "impl": record["impl"]}
-        kept["wl"] = {name: record["wl"][name] for name in _WORKLOAD if name in record["wl"]}
-        described = {n: record["env"][n] for n in _ENVIRONMENT.split() if n in record["env"]}
-        if described != env:
-            env = kept["env"] = described
-        if file.stem.endswith("-accuracy"):
-            kept["corr"] = {"error": record["corr"].get("error", {})}
-        else:
-            times = record.get("lat_ms") or {}
-            kept["lat_ms"] = {n: times[n] for n in ("p50", "iqr", "sets") if n in times} or None
-            kept |= {name: record[name] for name in _RESULT.split() if name in record}
-            corr = record.get("corr") or {}
-            kept["corr"] = {n: corr[n] for n in ("error", "tolerance", "not_finite") if n in corr}
-        lines.append(json.dumps(_rounded(kept)))
-    text = "\n".join([*lines, ""])
-    if text == file.read_text(encoding="utf-8"):
-        return False
-    if not check:
-        file.write_text(text, encoding="utf-8")
-    return True
+    for record in records:
+        kept = _published(record, _PUBLISHED)
+        if kept["env"] == env:
+            del kept["env"]
+        env = kept.get("env", env)
+        lines.append(json.dumps(kept) + "\n")
+    stale = "".join(lines) != file.read_text(encoding="utf-8")
+    if stale and not check:
+        file.write_text("".join(lines), encoding="utf-8")
+    return stale
 
 
-def _rounded(value):
+def _published(value, names: dict | None):
     if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
+        kept = [name for name in names or value if name in value]
+        return {name: _published(value[name], names and names[name]) for name in kept}
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
@@ -132,10 +126,22 @@ def failed(error: Exception, kind: str | None = None) -> dict:
     return {**none, "ok": False, "corr": {}, "err": reason}
 
 
+def recorder(env: dict) -> Callable[[str, dict, dict, dict], dict]:
+    """A function that makes a run's records, of (implementation, its tags, workload, results)."""
+    run = uuid.uuid4().hex
+
+    def record(implementation: str, tags: dict, workload: dict, results: dict) -> dict:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        head = {"ts": now, "run": run, "impl": implementation, "tags": tags}
+        return {**head, "wl": workload, "env": env, **results}
+
+    return record
+
+
 def command(name: str, description: str) -> argparse.ArgumentParser:
     """The parser of a command of the suite, which shows its module's docstring as it is."""
     return argparse.ArgumentParser(
-        f"python -m benchmarks {name}",
+        f"python -m benchmarks {name}".strip(),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -145,6 +151,15 @@ def add_names(parser: argparse.ArgumentParser, option: str, known: Iterable[str]
     """An option that takes names of ``known``; ``default`` is what its help says."""
     text = f"names, globs or all; default: {default}; known: {', '.join(known)}"
     parser.add_argument(option, nargs="+", metavar="NAME", help=text)
+
+
+def add_run(parser: argparse.ArgumentParser, reps: str) -> None:
+    """The options that each command has that measures; ``reps``: what it counts, for how long."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="default: %(default)s")
+    parser.add_argument("--reps", type=int, help=reps)
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
+    parser.add_argument("--resume", action="store_true", help="skip what --out has measured")
 
 
 class Results:

@@ -24,7 +24,8 @@ from rich.text import Text
 
 from .checks import LOCATION_TOLERANCES, TOLERANCES
 from .environment import machine
-from .implementations import BASELINE, FUSED, KERNEL, ROOT
+from .implementations import BASELINE, FUSED, KERNEL
+from .operators import ROOT
 from .records import RESULTS, by_case, command, error_of, is_absent, latest, publish, read, show
 from .timing import format_ms, format_us
 from .workloads import WORKLOADS

@@ -12,9 +12,7 @@ drawn from the same distribution with other seeds. Each set's result is checked 
 """
 
 import gc
-import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial, reduce
@@ -30,8 +28,8 @@ from . import environment, probe
 from .benchmark import Inputs, Workload
 from .checks import Expected, Verdict
 from .implementations import IMPLEMENTATIONS
-from .operators import Operator
-from .records import Results, failed
+from .operators import Operator, plain_reference
+from .records import Results, failed, recorder
 from .timing import Effort, in_turn, summarize, time_device, time_latency, timed_call, warm_up
 from .workloads import WORKLOADS, Draw, draw_sets
 
@@ -106,26 +104,27 @@ class InputSet:
     def __init__(self, workload: Workload, draw: Draw):
         self.workload = workload
         self.inputs, self.grad_output = draw
-        self.expected = Expected(workload, *draw)
-        self._expected_of_meaning: dict[Callable, Expected] = {}
+        self.expected = Expected(workload, plain_reference(workload), *draw)
+        self._other = self.expected
 
     def expected_of(self, operator: Operator) -> Expected:
-        if operator.meaning is None:
+        """That of the plain operator is kept, and one other."""
+        if operator.reference is None:
             return self.expected
-        if operator.meaning not in self._expected_of_meaning:
-            inputs = operator.meaning(self.inputs)
-            expected = Expected(self.workload, inputs, self.grad_output)
-            self._expected_of_meaning = {operator.meaning: expected}
-        return self._expected_of_meaning[operator.meaning]
+        if self._other.reference is not operator.reference:
+            arguments = operator.arrange(self.inputs)
+            self._other = Expected(self.workload, operator.reference, arguments, self.grad_output)
+        return self._other
 
     def prepare(self, pass_name: str, operator: Operator) -> Calls:
         expected = self.expected_of(operator)
+        arguments = operator.arrange(self.inputs)
         if pass_name == "backward":
-            backward = operator.prepare_backward(self.inputs)
+            backward = operator.prepare_backward(arguments)
             judge = partial(expected.check_gradients, operator)
             checked = partial(backward, expected.checked_grad_output)
             return Calls(partial(backward, expected.grad_output), checked, judge)
-        forward = partial(operator.forward, *operator.arrange(self.inputs))
+        forward = partial(operator.forward, *arguments)
         return Calls(forward, forward, expected.check_output)
 
 
@@ -169,24 +168,17 @@ def run(plan: Plan, results: Results) -> Iterator[dict]:
     if plan.device.type == "cuda":
         limits = Limits(plan.device, plan.effort)
         env |= limits.describe()
-    run_id = uuid.uuid4().hex
-
-    def record(implementation: str, case: dict, result: dict) -> dict:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        tags = IMPLEMENTATIONS[implementation].tags
-        head = {"ts": now, "run": run_id, "impl": implementation, "tags": tags}
-        return {**head, "wl": case, "env": env, **result}
-
+    record = recorder(env)
     present = []
-    for implementation in plan.implementations:
+    for name in plan.implementations:
         try:
-            IMPLEMENTATIONS[implementation].find()
-            present.append(implementation)
+            IMPLEMENTATIONS[name].find()
+            present.append(name)
         except Exception as error:  # whatever importing a foreign package may raise
             every = dict.fromkeys(("name", "dtype", "pass"), "all")
-            if not results.has(implementation, every, env):
+            if not results.has(name, every, env):
                 absent = {**failed(error, "Unavailable"), **NO_LIMITS}
-                yield record(implementation, every, absent)
+                yield record(name, IMPLEMENTATIONS[name].tags, every, absent)
     total = len(plan.workloads) * len(plan.dtypes) * len(present) * len(plan.passes)
     with tqdm(total=total, unit="row", dynamic_ncols=True) as progress:
         for workload in plan.workloads:
@@ -201,13 +193,11 @@ def run(plan: Plan, results: Results) -> Iterator[dict]:
                     progress.set_description(f"{workload} {dtype} {pass_name}: {name}")
                     case = {"name": workload, **sizes._asdict(), "dtype": dtype, "pass": pass_name}
                     if not results.has(name, case, env):
-                        effort = plan.effort
-                        yield record(
-                            name, case, _measure_or_explain(prepare, loads[name], pass_name, effort)
-                        )
+                        found = _measure_or_explain(prepare, loads[name], pass_name, plan.effort)
+                        yield record(name, IMPLEMENTATIONS[name].tags, case, found)
                     progress.update()
                 del prepare
-                _free_memory()
+                free_memory()
 
 
 def _measure_or_explain(
@@ -220,11 +210,11 @@ def _measure_or_explain(
         # The traceback's frames would keep the failed call's tensors, out of memory or not.
         traceback.clear_frames(error.__traceback__)
         results = {**failed(error), **NO_LIMITS}
-    _free_memory()
+    free_memory()
     return results
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where CUDA was not used
 

@@ -1,15 +1,12 @@
 """How long a call takes: on the GPU alone, or from Python to its result."""
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+import numpy as np
 import torch
-
-T = TypeVar("T")
 
 ROUND = 20  # GPU calls enqueued at once
 LONGEST_SLEEP_MS = 20.0
@@ -34,7 +31,7 @@ class Effort:
         return len(times_ms) >= self.max_reps or sum(times_ms) >= self.budget_ms
 
 
-def in_turn(calls: Sequence[Callable[[], T]]) -> Callable[[], T]:
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     """A function that does another of the calls each time, over and over.
 
     Calls that are the same but for their inputs keep what a machine remembers of one call, in
@@ -44,17 +41,13 @@ def in_turn(calls: Sequence[Callable[[], T]]) -> Callable[[], T]:
     return lambda: next(turns)()
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed_call(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+def timed_call(call: Callable[[], object], device: torch.device) -> tuple:
     """Calls, and returns the result with the milliseconds from Python to its being there."""
-    synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
     start = time.perf_counter()
     result = call()
-    synchronize(device)
+    wait(device)
     return result, (time.perf_counter() - start) * 1e3
 
 
@@ -72,7 +65,7 @@ def warm_up(call: Callable[[], object], device: torch.device) -> int:
 
 def time_latency(call: Callable[[], object], device: torch.device, effort: Effort) -> list[float]:
     """The milliseconds of each of a number of calls, waiting for each; all of a call on a CPU."""
-    times: list[float] = []
+    times = []
     while not effort.enough(times):
         times.append(timed_call(call, device)[1])
     return times
@@ -108,22 +101,20 @@ def time_device(call: Callable[[], object], device: torch.device, effort: Effort
     return times
 
 
-def summarize(times_ms: list[float], warmup: int) -> dict:
+def summarize(times_ms: list[float], warmup: int, method: str = "linear") -> dict:
     """The ``lat_ms`` field of a record: quantiles as kernels-benchmarks has them, in ms.
 
-    The times are kept to the nanosecond.
+    The times are kept to the nanosecond. ``method`` is numpy's of quantiles.
     """
     times_ms = [round(milliseconds, 6) for milliseconds in times_ms]
-    if len(times_ms) > 1:
-        cuts = statistics.quantiles(times_ms, n=20, method="inclusive")
-    else:
-        cuts = times_ms * 19
-    p10, p25, p50, p75, p90 = (cuts[i] for i in (1, 4, 9, 14, 17))
+    p10, p25, p50, p75, p90 = map(
+        float, np.quantile(times_ms, (0.1, 0.25, 0.5, 0.75, 0.9), method=method)
+    )
     return {
         "p10": p10,
         "p50": p50,
         "p90": p90,
-        "mean": statistics.fmean(times_ms),
+        "mean": float(np.mean(times_ms)),
         "iqr": p75 - p25,
         "raw_times": times_ms,
         "has_warnings": p75 - p25 > 0.1 * p50,  # as there: a spread worth a second look

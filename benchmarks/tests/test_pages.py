@@ -10,7 +10,8 @@ import torch
 from benchmarks import render, seed
 from benchmarks.__main__ import main
 from benchmarks.checks import TOLERANCES
-from benchmarks.implementations import FUSED, IMPLEMENTATIONS, KERNEL, ROOT
+from benchmarks.implementations import FUSED, IMPLEMENTATIONS, KERNEL
+from benchmarks.operators import ROOT
 from benchmarks.records import RESULTS, by_case, latest, publish, read
 from benchmarks.suite import Case
 from benchmarks.workloads import draw_sets
@@ -95,7 +96,11 @@ def test_models_say_what_to_expect(monkeypatch):
 
 def test_compare(tmp_path):
     slow, wrong = record(times=(3.0, 3.1)), record(times=(0.1, 0.1), ok=False)
-    noisy, unit, as_slow = record(times=(1.2, 0.9)), ("--relative-to", "x"), record("x", (30.0,))
+    noisy, unit, as_slow = (
+        record(times=(1.2, 0.9)),
+        ("--relative-to", "x"),
+        record("x", (30.0, 31.0)),
+    )
     before = write(tmp_path / "before.jsonl", [record(), record("x", (10.0, 11.0))])
     for verdict, records, options in (
         (1, [slow], ()),
@@ -103,7 +108,7 @@ def test_compare(tmp_path):
         (1, [wrong], ()),
         (0, [noisy], ()),
         (0, [slow, as_slow], unit),
-        (1, [slow, record("x", (10.0,))], unit),
+        (1, [slow, record("x", (10.0, 10.1))], unit),
     ):
         after = write(tmp_path / "after.jsonl", records)
         assert main(["compare", str(before), str(after), *options]) == verdict, records

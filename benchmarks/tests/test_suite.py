@@ -17,7 +17,7 @@ from benchmarks.implementations import (
 )  # fmt: skip
 from benchmarks.operators import Implementation, Operator
 from benchmarks.render import build_table
-from benchmarks.workloads import WORKLOADS, draw_sets, make_inputs
+from benchmarks.workloads import WORKLOADS, draw_sets
 
 CPU = torch.device("cpu")
 TINY = Workload(2, 7, 2, 4, 4, ((6, 5), (3, 2)), "decoder")
@@ -139,7 +139,7 @@ def test_a_gpu_is_cold_and_busy_while_a_round_is_enqueued(monkeypatch):
 
 def test_limits(monkeypatch):
     """Every byte once, and the fastest arrangement of the loads; none that was not measured."""
-    inputs = make_inputs("tiny", torch.float16, "cpu")
+    inputs = benchmark.make_inputs(TINY, torch.float16, "cpu")
     output = 2 * TINY.batch * TINY.queries * TINY.heads * TINY.channels
     once = sum(tensor.nbytes for tensor in inputs) + output
     assert probe.traffic_bytes(inputs, "forward") == once
