@@ -35,24 +35,19 @@ def test_models_take_turns_and_are_judged(run, monkeypatch):
     assert len({first, second, third}) == 3 and steps[3:6] == [second, third, first]
     assert status == 0 and len(records) == 3
     for record in records:
-        assert (
-            record["ok"] and record["corr"]["calls"] == models.MODELS["deformable_detr"].attentions
-        )
-        assert 0 < record["corr"]["error"]["operator"] < 2e-5 and not record["corr"]["not_finite"]
-        if record["impl"] == "eager":
-            eager = record["lat_ms"]["raw_times"]
-            assert record["ratio"] is None
-        else:
-            pairs = sorted(a / b for a, b in zip(eager, record["lat_ms"]["raw_times"]))
-            assert record["ratio"]["p50"] == pytest.approx(sum(pairs) / 2)
-            assert record["ratio"]["to"] == "eager" and record["ratio"]["p25"] >= pairs[0]
+        assert record["ok"] and not record["corr"]["not_finite"]
+        assert record["corr"]["calls"] == models.MODELS["deformable_detr"].attentions
+        assert 0 < record["corr"]["error"]["operator"] < 2e-5
+    eager, fused, _ = (record["lat_ms"]["raw_times"] for record in records)
+    pairs = [a / b for a, b in zip(eager, fused)]
+    assert records[0]["ratio"] is None and records[1]["ratio"]["to"] == "eager"
+    assert records[1]["ratio"]["p50"] == pytest.approx(sum(pairs) / 2)
 
 
 def test_what_is_compiled_holds_the_kernel(run, monkeypatch):
     """With a stand-in for Inductor."""
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph.forward)
-    names = ["eager_compiled", f"{FUSED}_compiled"]
-    status, records = run("deformable_detr", "--impls", *names)
+    status, records = run("deformable_detr", "--impls", "eager_compiled", f"{FUSED}_compiled")
     assert status == 0 and all(record["ok"] for record in records)
     assert records[0]["ratio"] is None and records[1]["ratio"]["to"] == "eager_compiled"
     monkeypatch.setattr(models, "KERNEL", "no name of an operator")
@@ -60,8 +55,7 @@ def test_what_is_compiled_holds_the_kernel(run, monkeypatch):
     assert status == 1 and "were compiled" in records[2]["err"]["msg"]
 
 
-@pytest.mark.parametrize("implementation", [KERNEL, FUSED])
-def test_a_wrong_model_is_not_right(run, monkeypatch, implementation):
+def test_a_wrong_model_is_not_right(run, monkeypatch):
     def doubled(self, reference, output, *arguments, original=models.Observer._compare, **options):
         original(self, reference, 2 * output, *arguments, **options)
 
@@ -75,7 +69,7 @@ def test_a_wrong_model_is_not_right(run, monkeypatch, implementation):
     for owner, name, fake in [*fakes, (models, "place", lambda *_: models.nullcontext)]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fake)
-            status, records = run("deformable_detr", "--impls", implementation)
+            status, records = run("deformable_detr", "--impls", FUSED)
         assert status == 1 and not records[-1]["ok"]
     wrong, infinite, not_ours = records
     assert wrong["corr"]["error"]["operator"] > 0.9 and not_ours["lat_ms"] is None
