@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from .benchmark import Workload, gradients_in_chunks, of_queries
@@ -41,13 +42,9 @@ class Verdict:
 
     def worse(self, other: "Verdict") -> "Verdict":
         """Of two answers of the same kind the larger errors; a NaN is larger than any number."""
-
-        def larger(a: float, b: float) -> float:
-            return a if a > b or a != a else b
-
-        errors = {name: larger(error, other.errors[name]) for name, error in self.errors.items()}
-        absmax = larger(self.absmax, other.absmax)
-        return Verdict(errors, self.tolerances, absmax, self.queries)
+        names, errors = list(self.errors), [[*x.errors.values(), x.absmax] for x in (self, other)]
+        *larger, absmax = np.maximum(*errors).tolist()
+        return Verdict(dict(zip(names, larger)), self.tolerances, absmax, self.queries)
 
     def as_record(self) -> dict:
         """The ``corr`` field of a record."""

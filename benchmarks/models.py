@@ -289,9 +289,8 @@ class Observer:
             yield
 
     def _after_layer(self, layer: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
-        value, shapes, _, starts, locations, weights, _ = arguments
-        reference = get_project_kernel().reference.ms_deform_attn
-        self._compare(reference, output, value, shapes, starts, locations, weights)
+        value, shapes, _, starts, *sampled, _ = arguments
+        self._compare_plain(output, value, shapes, starts, *sampled)
 
     def _after_function(self, output, value, shapes, locations, weights, points=None, method=None):
         sizes = torch.as_tensor(shapes, device=value.device)
@@ -299,8 +298,10 @@ class Observer:
         options = {} if points is None else {"points_per_level": list(points)}
         if method not in (None, "default"):
             raise ValueError(f"method is {method}, expected default, which is bilinear")
-        reference = get_project_kernel().reference.ms_deform_attn
-        self._compare(reference, output, value, sizes, starts, locations, weights, **options)
+        self._compare_plain(output, value, sizes, starts, locations, weights, **options)
+
+    def _compare_plain(self, *arguments, **options) -> None:
+        self._compare(get_project_kernel().reference.ms_deform_attn, *arguments, **options)
 
     @torch.no_grad()
     def _compare(self, reference: Callable, output: torch.Tensor, *arguments, **options) -> None:
@@ -496,7 +497,7 @@ def main(arguments: list[str] | None = None) -> int:
             select(getattr(options, name) or default, list(known[name]))
             for name, default in defaults.items()
         )
-        results = Results.open(options.out, "models", device, options.resume)
+        results = Results.open(options.out, "-models", device, options.resume)
     except ValueError as error:
         parser.error(str(error))
     cases = [

@@ -168,11 +168,8 @@ class Results:
     def __init__(self, path: Path, earlier: list[dict]):
         self.path = path
         self.earlier = earlier
-        self._done = {
-            _identity(record["impl"], record["wl"], record["env"])
-            for record in earlier
-            if record["err"] is None or is_absent(record)
-        }
+        done = [record for record in earlier if record["err"] is None or is_absent(record)]
+        self._done = {_identity(record["impl"], record["wl"], record["env"]) for record in done}
 
     @classmethod
     def open(cls, path: Path | None, kind: str, device: torch.device, resume: bool) -> "Results":
@@ -185,14 +182,14 @@ class Results:
             if resume:
                 raise ValueError("--resume needs --out FILE, the file to go on with")
             slug = environment.slug(environment.describe(device))
-            words = [slug, *([kind] if kind else []), time.strftime("%Y%m%d-%H%M%S")]
-            path = RESULTS / f"{'-'.join(words)}.local.jsonl"
+            path = RESULTS / time.strftime(f"{slug}{kind}-%Y%m%d-%H%M%S.local.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = []
-        if resume and path.exists():
-            _drop_unfinished_line(path)
-            earlier = read([path])
-        return cls(path, earlier)
+        if not (resume and path.exists()):
+            return cls(path, [])
+        text = path.read_text(encoding="utf-8")
+        # A run that was killed may have left half a record.
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        return cls(path, read([path]))
 
     def has(self, implementation: str, workload: dict, env: dict) -> bool:
         """Whether an earlier run measured this, on this device with this torch."""
@@ -234,10 +231,3 @@ def show(renderable: RenderableType) -> None:
 def _identity(implementation: str, workload: dict, env: dict) -> tuple:
     names = (workload[field] for field in ("name", "dtype", "pass"))
     return (implementation, *names, environment.device_name(env), env["torch"], env["threads"])
-
-
-def _drop_unfinished_line(path: Path) -> None:
-    """A run that was killed may have left half a record."""
-    text = path.read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")

@@ -236,7 +236,7 @@ def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> 
                 first_ms, peak_bytes = milliseconds, None
                 if on_gpu:
                     peak_bytes = case.inputs_bytes + kept + _peak(calls.timed, case.device)
-            if on_gpu and (len(timed) + 1) * kept > KEPT_SHARE * _memory(case.device):
+            if on_gpu and (len(timed) + 1) * kept > KEPT_SHARE * torch.cuda.mem_get_info()[1]:
                 break  # the next graph might not fit
         call, warmup = in_turn(timed), len(timed) + (1 if on_gpu else 0)
         if on_gpu and pass_name == "latency":
@@ -251,10 +251,6 @@ def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> 
         **{"ok": verdict.ok, "absmax": verdict.absmax, "corr": verdict.as_record(), "err": None},
         **case.bounds(pass_name),
     }
-
-
-def _memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _peak(call: Callable[[], object], device: torch.device) -> int:
