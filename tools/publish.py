@@ -12,7 +12,6 @@ again after an interruption, what is there is not sent twice.
 """
 
 import argparse
-import ast
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,6 @@ except ModuleNotFoundError:  # run as a script
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
-from tqdm import tqdm
 
 MESSAGE = "Uploaded by tools/publish.py"
 APPROVAL = (
@@ -120,28 +117,15 @@ def check(kernel: builder.Kernel, variants: list[Path], partial: bool) -> None:
 # --------------------------------------------------------------------------------------- the card
 
 
-def literal_all(module: Path) -> list[str]:
-    """The names of ``__all__``, without importing the module."""
-    for node in ast.parse(module.read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return ast.literal_eval(node.value)
-    return []
-
-
 def render_card(kernel: builder.Kernel, repo_id: str) -> str:
-    """CARD.md with the variables that kernel-builder fills in."""
+    """CARD.md with those of kernel-builder's variables that it has."""
     from jinja2 import Environment, StrictUndefined
 
-    package = kernel.root / "torch-ext" / kernel.package
     general = kernel.config["general"]
-    names = literal_all(package / "__init__.py")
-    layers = ast.parse((package / "layers.py").read_text()).body if "layers" in names else []
     environment = Environment(trim_blocks=True, undefined=StrictUndefined)
     return environment.from_string((kernel.root / "CARD.md").read_text()).render(
         repo_id=repo_id,
         version=general["version"],
-        functions=[name for name in names if name != "layers"],
-        layers=[node.name for node in layers if isinstance(node, ast.ClassDef)],
         has_benchmark=(kernel.root / "benchmarks" / "benchmark.py").is_file(),
         upstream=general.get("upstream"),
         source=general.get("source"),
@@ -226,23 +210,6 @@ def make_plan(
 # ------------------------------------------------------------------------------------------ upload
 
 
-def upload_large_files(api: HfApi, plan: Plan, create_pr: bool) -> None:
-    """Sends what is not in a commit itself; it shows nowhere until a commit names it."""
-    disable_progress_bars()  # huggingface_hub's own, one a file
-    size = sum(op.upload_info.size for op in plan.additions)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="upload", leave=False) as bar:
-        for addition in plan.additions:
-            api.preupload_lfs_files(
-                plan.repo_id,
-                [addition],
-                repo_type="kernel",
-                revision=plan.branch if plan.parent else "main",
-                create_pr=create_pr,
-                free_memory=False,
-            )
-            bar.update(addition.upload_info.size)
-
-
 def publish(api: HfApi, plan: Plan, private: bool = False, create_pr: bool = False) -> list[str]:
     """Carries out the plan; returns the URLs of the commits or pull requests."""
     if create_pr and plan.parent is None:
@@ -252,8 +219,15 @@ def publish(api: HfApi, plan: Plan, private: bool = False, create_pr: bool = Fal
         )
     if plan.create_repo:
         api.create_repo(plan.repo_id, repo_type="kernel", private=private, exist_ok=True)
-    upload_large_files(api, plan, create_pr)
-
+    # Large files, which show nowhere until a commit names them.
+    api.preupload_lfs_files(
+        plan.repo_id,
+        plan.additions,
+        repo_type="kernel",
+        revision=plan.branch if plan.parent else "main",
+        create_pr=create_pr,
+        free_memory=False,
+    )
     if plan.parent is None:
         api.create_branch(plan.repo_id, branch=plan.branch, repo_type="kernel")
     try:
