@@ -454,19 +454,12 @@ def _ratio(name: str, times: dict[str, list[float]]) -> dict | None:
     return {"to": baseline, "p25": p25, "p50": p50, "p75": p75, "rounds": len(ratios)}
 
 
-def describe(device: torch.device) -> dict:
-    """The ``env`` field of a record."""
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "kernels")}
-    backends = torch.backends
-    tf32 = {"matmul": backends.cuda.matmul.allow_tf32, "cudnn": backends.cudnn.allow_tf32}
-    return {**environment.describe(device), **versions, "tf32": tf32}
-
-
 def run(
     cases: list[Case], names: list[str], device: torch.device, effort: Effort, results: Results
 ) -> Iterator[dict]:
     """Yields a record for every implementation of the cases that ``results`` does not have yet."""
-    env = describe(device)
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "kernels")}
+    env = {**environment.describe(device), **versions}
     record = recorder(env)
     for case in (progress := tqdm(cases, unit="case", dynamic_ncols=True)):
         wl = case.as_workload()

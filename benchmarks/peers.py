@@ -6,7 +6,7 @@ in the form it wants; what it does not offer is recorded as unsupported.
 
 from collections.abc import Callable
 from functools import cache, partial
-from importlib import import_module
+from pkgutil import resolve_name
 
 import torch
 from kernels import get_kernel
@@ -18,9 +18,9 @@ IM2COL_STEP = 64  # what the models pass
 COMMUNITY = "kernels-community/deformable-detr"
 
 
-def _peer(family: str, backend: str, find: Callable[[], object], load: Callable) -> Implementation:
-    """``load`` makes what ``find`` has found, and a workload, into an operator."""
-    find = cache(find)
+def _peer(family: str, backend: str, find: str | Callable, load: Callable) -> Implementation:
+    """``load`` makes what is found, or has the name "module:attribute", into an operator."""
+    find = cache(partial(resolve_name, find) if isinstance(find, str) else find)
 
     def load_equal_points(workload: Workload) -> Operator:
         if not isinstance(workload.points, int):
@@ -28,10 +28,6 @@ def _peer(family: str, backend: str, find: Callable[[], object], load: Callable)
         return load(find(), workload)
 
     return Implementation({"family": family, "backend": backend}, load_equal_points, find)
-
-
-def _named(module: str, name: str) -> Callable[[], object]:
-    return lambda: getattr(import_module(module), name)
 
 
 def _in_dtypes(*dtypes: torch.dtype) -> Callable[[Inputs], tuple[torch.Tensor, ...]]:
@@ -117,35 +113,24 @@ def _load_dcnv4(function, workload: Workload) -> Operator:
     )
 
 
-_DEFORMOPS = partial(_peer, "deformops", "triton", lambda: import_module("deformops.registry"))
-_TRITON_MSDA = "libreyolo.kernels.attention.ms_deform_attn_triton"
+_DEFORMOPS = partial(_peer, "deformops", "triton", "deformops.registry")
+_MMCV = "mmcv.ops.multi_scale_deform_attn:MultiScaleDeformableAttnFunction"
+# Not the package's own entry: that falls back to grid_sample without a word.
+_MSDA_TRITON = "msda_triton.frontend:triton_multiscale_deformable_attention"
+_LIBREYOLO = "libreyolo.kernels.attention.ms_deform_attn_triton:triton_ms_deform_attn"
 PEERS = {
     # From LOCAL_KERNELS, else from the Hub, as ``kernels`` trusts it.
     "kernels_community": _peer(
         "hf-kernels", "native", lambda: get_kernel(COMMUNITY, version=1), _load_community
     ),
-    "mmcv": _peer(
-        *("mmcv", "native"),
-        _named("mmcv.ops.multi_scale_deform_attn", "MultiScaleDeformableAttnFunction"),
-        _load_mmcv,
-    ),
-    "dcnv4_flash": _peer(
-        "dcnv4", "native", _named("DCNv4.functions", "FlashDeformAttnFunction"), _load_dcnv4
-    ),
+    "mmcv": _peer("mmcv", "native", _MMCV, _load_mmcv),
+    "dcnv4_flash": _peer("dcnv4", "native", "DCNv4.functions:FlashDeformAttnFunction", _load_dcnv4),
     "torch_ms_deform_attn": _peer(
-        *("torch-ms-deform-attn", "native"),
-        _named("torch_ms_deform_attn", "ms_deform_attn"),
+        *("torch-ms-deform-attn", "native", "torch_ms_deform_attn:ms_deform_attn"),
         lambda function, workload: Operator(function),
     ),
-    # Not the package's own entry: that falls back to grid_sample without a word.
-    "msda_triton": _peer(
-        *("msda-triton", "triton"),
-        _named("msda_triton.frontend", "triton_multiscale_deformable_attention"),
-        _load_msda_triton,
-    ),
+    "msda_triton": _peer("msda-triton", "triton", _MSDA_TRITON, _load_msda_triton),
     "deformops": _DEFORMOPS(partial(_load_deformops, fp32_sums=False)),
     "deformops_fp32_sums": _DEFORMOPS(partial(_load_deformops, fp32_sums=True)),
-    "libreyolo_triton": _peer(
-        "libreyolo", "triton", _named(_TRITON_MSDA, "triton_ms_deform_attn"), _load_libreyolo
-    ),
+    "libreyolo_triton": _peer("libreyolo", "triton", _LIBREYOLO, _load_libreyolo),
 }
