@@ -112,10 +112,11 @@ def test_nothing_to_do(kernel, device, sizes):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_points_nowhere_contribute_nothing(kernel, device, dtype, bad):
-    inputs = make_inputs(Case("nowhere", channels=32), dtype, device)
+    case = Case("nowhere", batch=1, channels=32, points=2)
+    inputs = make_inputs(case, dtype, device)
     inputs.sampling_locations[:, ::3, :, :, 1, 0] = bad
     inputs.sampling_locations[:, 1::3, :, 0, :, 1] = bad
-    without = make_inputs(Case("nowhere", channels=32), dtype, device)
+    without = make_inputs(case, dtype, device)
     without.attention_weights[:, ::3, :, :, 1] = 0
     without.attention_weights[:, 1::3, :, 0] = 0
     output = kernel.ms_deform_attn(*inputs.args)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, Case, make_inputs
+from processes import TESTS, python
 
-TESTS = Path(__file__).parent
 MEGABYTE = 2**20
 
 
@@ -29,20 +29,6 @@ def run(kernel, inputs):
 
 def same(results, others):
     return all(torch.equal(a, b) for a, b in zip(results, others))
-
-
-def python(script: str, **environment: str) -> str:
-    """What a process prints that runs the script with the tests' helpers at hand."""
-    process = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=TESTS,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
 
 
 @pytest.mark.slow
@@ -101,6 +87,7 @@ import torch
 from cases import Case, make_inputs
 from conftest import KERNEL
 
+torch.set_num_threads(1)
 inputs = make_inputs(Case("any", ((60, 80),), queries=2000, heads=8, channels=32), torch.float32)
 KERNEL.ms_deform_attn  # loaded
 for number in (1, 3):
@@ -111,7 +98,7 @@ for number in (1, 3):
 """
     if not Path("/proc/self/task").exists():
         pytest.skip("threads are counted in /proc")
-    assert python(script, OMP_NUM_THREADS="1").split() == ["0", "2"]
+    assert python(script).split() == ["0", "2"]
 
 
 class Calls(torch.utils.data.Dataset):
@@ -144,10 +131,9 @@ def test_works_in_a_data_loader_worker(kernel, set_threads):
     assert same(run(kernel, inputs), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_memory_beyond_the_results_is_a_megabyte_a_thread(dtype):
+def test_memory_beyond_the_results_is_a_megabyte_a_thread():
     """Peak resident memory of a call, less its results."""
-    script = f"""
+    script = """
 import torch
 from cases import Case, make_inputs
 from conftest import KERNEL
@@ -158,25 +144,26 @@ def kilobytes(name):
 
 torch.set_num_threads(2)
 case = Case("any", ((100, 167), (50, 84)), batch=1, queries=4000, heads=8, channels=32)
-inputs = make_inputs(case, torch.{dtype})
-small = make_inputs(Case("small", ((4, 5),), queries=1, heads=1), torch.{dtype})
 
 def call(inputs):
     output = KERNEL.ms_deform_attn(*inputs.args)
     return [output, *KERNEL.ms_deform_attn_backward(*inputs.args, inputs.grad_output, 64)]
 
-call(small)
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-before = kilobytes("VmRSS")
-results = call(inputs)
-peak = (kilobytes("VmHWM") - before) * 1024
-print(peak - sum(result.nbytes for result in results))
+for dtype in (torch.float32, torch.float16):
+    inputs = make_inputs(case, dtype)
+    call(make_inputs(Case("small", ((4, 5),), queries=1, heads=1), dtype))
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = kilobytes("VmRSS")
+    results = call(inputs)
+    peak = (kilobytes("VmHWM") - before) * 1024
+    print(peak - sum(result.nbytes for result in results))
+    del inputs, results
 """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("memory is measured in /proc")
-    beyond = int(python(script))
-    # Two threads, and another megabyte for what they and the allocator round up.
-    assert beyond < 3 * MEGABYTE, f"{beyond / MEGABYTE:.1f} MB"
+    for dtype, beyond in zip(("float32", "float16"), map(int, python(script).split())):
+        # Two threads, and another megabyte for what they and the allocator round up.
+        assert beyond < 3 * MEGABYTE, f"{beyond / MEGABYTE:.1f} MB in {dtype}"
 
 
 def test_out_of_memory_in_a_worker_says_so_and_leaves_the_process_usable():

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import kernels
@@ -11,15 +9,13 @@ import pytest
 import torch
 from cases import SMALL, assert_close, make_inputs
 from conftest import KERNEL, REPO_ID
+from processes import python
 
-TESTS = Path(__file__).resolve().parent
 VARIANT = Path(KERNEL.__file__).parent
 BUILD = VARIANT.parent  # build/ of the checkout, or what kernel-builder puts in its place
 
 # The first lines of a script: call(kernel) computes and checks, in forward and backward.
 PREAMBLE = f"""
-import os, sys
-sys.path.insert(0, {str(TESTS)!r})
 import kernels, torch
 from cases import SMALL, assert_close, make_inputs
 
@@ -40,17 +36,9 @@ def call(kernel):
 """
 
 
-def python(script: str, **environment: str) -> list[str]:
-    """The words that the script prints."""
-    process = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + script],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout.split()
+def words(script: str, **environment: str) -> list[str]:
+    """That the script prints."""
+    return python(PREAMBLE + script, **environment).split()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +65,7 @@ for module in [name for name in sys.modules if name.startswith(first.__name__)]:
     del sys.modules[module]
 print(call(load()), call(first))
 """
-    assert python(script) == ["right"] * 2
+    assert words(script) == ["right"] * 2
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -96,7 +84,7 @@ assert copy is not first and copy.__name__ == first.__name__
 assert (copy.ms_deform_attn is first.ms_deform_attn) is not {forgotten}
 print(call(copy), call(first))
 """
-    assert python(script) == ["right"] * 2
+    assert words(script) == ["right"] * 2
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -127,7 +115,7 @@ else:
     print(call(other), call(first))
 """
     expected = ["right"] if (changed, forgotten) == ("module", True) else ["refused"]
-    assert python(script) == [*expected, "right"]
+    assert words(script) == [*expected, "right"]
 
 
 def test_a_build_of_uncommitted_changes_is_told(cpu_variant, tmp_path):
@@ -146,13 +134,15 @@ with warnings.catch_warnings(record=True) as caught:
         pass
 print(*(str(warning.message).split(": ")[-1] for warning in caught), sep="")
 """
-    assert python(script) == "other builds may have its id".split()
+    assert words(script) == "other builds may have its id".split()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("before", [False, True], ids=["loaded_after", "loaded_before"])
 def test_in_a_fork(cpu_variant, before):
     script = f"""
+# OpenMP's threads do not survive a fork: torch's own operators would wait for them.
+torch.set_num_threads(1)
 if {before}:
     call(load())
 child = os.fork()
@@ -168,8 +158,7 @@ if child == 0:
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 print(status, call(load()))
 """
-    # OpenMP's threads do not survive a fork: torch's own operators would wait for them.
-    status, of_parent = python(script, OMP_NUM_THREADS="1")
+    status, of_parent = words(script)
     if before and status == "3":  # where there is a GPU, after a backward
         pytest.skip("torch's own autograd does not survive a fork here")
     assert (status, of_parent) == ("0", "right")
@@ -183,8 +172,8 @@ def work(rank):
     assert_close(kernel.ms_deform_attn(*inputs.args), expected, "output")
 
 
-def test_in_spawned_processes(cpu_variant):
-    torch.multiprocessing.spawn(work, nprocs=2)
+def test_in_a_spawned_process(cpu_variant):
+    torch.multiprocessing.spawn(work, nprocs=1)
 
 
 def test_the_cpu_variant_needs_no_gpu(cpu_variant):
@@ -194,7 +183,7 @@ kernel = load()
 assert "-cpu-" in kernel.__file__
 print(call(kernel), torch.cuda.is_initialized())
 """
-    assert python(script, CUDA_VISIBLE_DEVICES="") == ["right", "False"]
+    assert words(script, CUDA_VISIBLE_DEVICES="") == ["right", "False"]
 
 
 @pytest.mark.parametrize("cuda", ["11.8", "12.4"])
