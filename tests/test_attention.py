@@ -9,7 +9,13 @@ import pytest
 import torch
 from cases import HALF_DTYPES, relative_error
 from models import MODELS, build, inputs_of
-from test_transformers import Calls, default_dtype, each_model, transformers_that_uses_kernels
+from test_transformers import (
+    FAMILIES,
+    Calls,
+    default_dtype,
+    each_model,
+    transformers_that_uses_kernels,
+)
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -296,7 +302,9 @@ def check_same(actual, expected, name):
 # ----------------------------------------------------------------------------- compiled, exported
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in FAMILIES else pytest.mark.slow) for x in NAMES]
+)
 def test_compiled_without_a_break(kernel, device, name):
     """Forward and backward; weights that nobody uses leave the graph."""
     torch._dynamo.reset()

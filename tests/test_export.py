@@ -3,12 +3,12 @@
 Each is exported with dynamic batch, queries and sizes, and run with others.
 """
 
-import subprocess
-import sys
+import functools
 
 import pytest
 import torch
 from cases import OPERATORS, Case
+from processes import python
 from torch.export import Dim
 from torch.nn import functional as F
 
@@ -104,19 +104,27 @@ def decomposed(kernel, module, args, dynamic_shapes, strict=False):
     return program
 
 
+@functools.cache
+def decomposed_operator(kernel, operator, dtype, options):
+    """The program and the module that it was made of."""
+    args = sizes_inputs(operator, dtype, OPTIONS[options], **EXPORTED)
+    module = Sizes(getattr(kernel, operator), OPTIONS[options])
+    return decomposed(kernel, module, args, sizes_dynamic(args)), module
+
+
 @each_dtype
 @pytest.mark.parametrize("options", OPTIONS)
 def test_decomposed(kernel, operator, dtype, options):
-    options = OPTIONS[options]
-    args = sizes_inputs(operator, dtype, options, **EXPORTED)
-    module = Sizes(getattr(kernel, operator), options)
-    program = decomposed(kernel, module, args, sizes_dynamic(args))
+    program, module = decomposed_operator(kernel, operator, dtype, options)
     for sizes in OTHERS:
-        args = sizes_inputs(operator, dtype, options, **sizes)
+        args = sizes_inputs(operator, dtype, OPTIONS[options], **sizes)
         check_close(program.module()(*args), module(*args))
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+STRICT = pytest.param(True, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("strict", [False, STRICT], ids=["non_strict", "strict"])
 def test_decomposed_with_sizes_of_an_image(kernel, strict):
     if torch.__version__ < (2, 12):
         pytest.skip("torch 2.11 exports avg_pool2d for even sizes alone")
@@ -130,26 +138,22 @@ def test_decomposed_with_sizes_of_an_image(kernel, strict):
 
 
 LOADS_A_PROGRAM = """
-import sys, torch
-program = torch.export.load(sys.argv[1])
-inputs = torch.load(sys.argv[2])
-torch.save(program.module()(*inputs), sys.argv[3])
+import torch
+program = torch.export.load({program!r})
+inputs = torch.load({inputs!r})
+torch.save(program.module()(*inputs), {output!r})
 assert not any("deformable_detr" in name for name in sys.modules)
 """
 
 
 def test_a_decomposed_program_needs_no_kernel(kernel, operator, tmp_path):
-    args = sizes_inputs(operator, torch.float32, {}, **EXPORTED)
-    module = Sizes(getattr(kernel, operator), {})
-    program = decomposed(kernel, module, args, sizes_dynamic(args))
-    paths = [str(tmp_path / name) for name in ("program.pt2", "inputs.pt", "output.pt")]
-    torch.export.save(program, paths[0])
+    program, module = decomposed_operator(kernel, operator, torch.float32, "bilinear")
+    paths = {name: str(tmp_path / f"{name}.pt2") for name in ("program", "inputs", "output")}
+    torch.export.save(program, paths["program"])
     args = sizes_inputs(operator, torch.float32, {}, **OTHERS[1])
-    torch.save(args, paths[1])
-    command = [sys.executable, "-c", LOADS_A_PROGRAM, *paths]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    check_close(torch.load(paths[2]), module(*args))
+    torch.save(args, paths["inputs"])
+    python(LOADS_A_PROGRAM.format(**paths))
+    check_close(torch.load(paths["output"]), module(*args))
 
 
 # --------------------------------------------------------------------------------------------- ONNX
@@ -228,7 +232,16 @@ def test_onnx(kernel, onnx_export, operator, dtype):
         check_close(run(*args), module(*args), TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("options", ["nearest", "points_per_level"])
+# Both options of both operators are decomposed above. An export to ONNX takes five seconds.
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [
+        ("ms_deform_attn", "nearest"),
+        ("fused_ms_deform_attn", "points_per_level"),
+        pytest.param("ms_deform_attn", "points_per_level", marks=pytest.mark.slow),
+        pytest.param("fused_ms_deform_attn", "nearest", marks=pytest.mark.slow),
+    ],
+)
 def test_onnx_with_options(kernel, onnx_export, operator, options):
     options = OPTIONS[options]
     args = sizes_inputs(operator, torch.float32, options, **EXPORTED, coordinates=4)
@@ -250,10 +263,9 @@ def test_onnx_with_sizes_of_an_image(kernel, onnx_export):
             check_close(run(*args), module(*args))
 
 
+@pytest.mark.slow
 def test_onnx_of_a_program_exported_before(kernel, onnx_export):
-    args = sizes_inputs("ms_deform_attn", torch.float32, {}, **EXPORTED)
-    module = Sizes(kernel.ms_deform_attn, {})
-    program = decomposed(kernel, module, args, sizes_dynamic(args))
+    program, module = decomposed_operator(kernel, "ms_deform_attn", torch.float32, "bilinear")
     run, _ = onnx_export(program, (), None)
     args = sizes_inputs("ms_deform_attn", torch.float32, {}, **OTHERS[1])
     check_close(run(*args), module(*args))

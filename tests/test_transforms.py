@@ -126,12 +126,18 @@ def test_torch_func(kernel, device, operator, name, options):
     check(DERIVATIVES[name], kernel, operator, inputs)
 
 
+def each(names, slow, of_both):
+    """Each name with each operator. make test leaves to make test-all the slow names, and, of the
+    second operator, which has the same derivatives' code, all but those given."""
+    first = next(iter(OPERATORS))
+    for operator in OPERATORS:
+        for name in names:
+            fast = name not in slow and (operator == first or name in of_both)
+            yield pytest.param(operator, name, marks=() if fast else pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name != "hessian" else pytest.param(name, marks=pytest.mark.slow)
-        for name in COMPILED
-    ],
+    ("operator", "name"), each(COMPILED, slow=("hessian", "jacfwd"), of_both=("grad", "vjp"))
 )
 def test_torch_func_compiled(kernel, device, operator, name):
     inputs = OPERATORS[operator](TINY, torch.float64, device)
@@ -335,7 +341,9 @@ AUTOGRAD = {
 }
 
 
-@pytest.mark.parametrize("name", AUTOGRAD)
+@pytest.mark.parametrize(
+    ("operator", "name"), each(AUTOGRAD, slow=(), of_both=AUTOGRAD.keys() - {"linearize"})
+)
 def test_autograd(kernel, device, operator, name):
     inputs = OPERATORS[operator](TINY, torch.float64, device)
     check(AUTOGRAD[name], kernel, operator, inputs)
@@ -454,7 +462,7 @@ def test_without_private_names_of_torch(names):
         f"{here / 'test_compile.py'}::test_trace_that_records_gradients",
         "-k",
         "(bilinear or test_autograd or test_vmap or outlived or test_compile) "
-        "and not hessian and not linearize",
+        "and not hessian and not linearize and not third and not fused",
     ]
     run = subprocess.run(
         [sys.executable, "-c", RUN_WITHOUT, names, *tests],
