@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import kernels
+import processes
 import pytest
 import torch
 from cases import SMALL, assert_close, make_inputs
 from conftest import KERNEL, REPO_ID
-from processes import python
 
 VARIANT = Path(KERNEL.__file__).parent
 BUILD = VARIANT.parent  # build/ of the checkout, or what kernel-builder puts in its place
@@ -36,9 +36,9 @@ def call(kernel):
 """
 
 
-def words(script: str, **environment: str) -> list[str]:
-    """That the script prints."""
-    return python(PREAMBLE + script, **environment).split()
+def python(script: str, **environment: str) -> list[str]:
+    """The words that the script prints."""
+    return processes.python(PREAMBLE + script, **environment).split()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ for module in [name for name in sys.modules if name.startswith(first.__name__)]:
     del sys.modules[module]
 print(call(load()), call(first))
 """
-    assert words(script) == ["right"] * 2
+    assert python(script) == ["right"] * 2
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -84,7 +84,7 @@ assert copy is not first and copy.__name__ == first.__name__
 assert (copy.ms_deform_attn is first.ms_deform_attn) is not {forgotten}
 print(call(copy), call(first))
 """
-    assert words(script) == ["right"] * 2
+    assert python(script) == ["right"] * 2
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -115,7 +115,7 @@ else:
     print(call(other), call(first))
 """
     expected = ["right"] if (changed, forgotten) == ("module", True) else ["refused"]
-    assert words(script) == [*expected, "right"]
+    assert python(script) == [*expected, "right"]
 
 
 def test_a_build_of_uncommitted_changes_is_told(cpu_variant, tmp_path):
@@ -134,7 +134,7 @@ with warnings.catch_warnings(record=True) as caught:
         pass
 print(*(str(warning.message).split(": ")[-1] for warning in caught), sep="")
 """
-    assert words(script) == "other builds may have its id".split()
+    assert python(script) == "other builds may have its id".split()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -158,7 +158,7 @@ if child == 0:
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 print(status, call(load()))
 """
-    status, of_parent = words(script)
+    status, of_parent = python(script)
     if before and status == "3":  # where there is a GPU, after a backward
         pytest.skip("torch's own autograd does not survive a fork here")
     assert (status, of_parent) == ("0", "right")
@@ -183,7 +183,7 @@ kernel = load()
 assert "-cpu-" in kernel.__file__
 print(call(kernel), torch.cuda.is_initialized())
 """
-    assert words(script, CUDA_VISIBLE_DEVICES="") == ["right", "False"]
+    assert python(script, CUDA_VISIBLE_DEVICES="") == ["right", "False"]
 
 
 @pytest.mark.parametrize("cuda", ["11.8", "12.4"])
