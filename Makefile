@@ -14,8 +14,11 @@ else
   ENVIRONMENT := .venv/.installed
 endif
 
-# Two processes run the tests, a thread each. On a GPU it is one, which may take all of its memory.
-JOBS = $(shell nvidia-smi >/dev/null 2>&1 || printf %s '-n 2 --dist worksteal')
+# Two processes run the tests, a thread each: with two each they would wait for one another on two
+# cores, for half of the time. On a GPU it is one process, which may take all of its memory.
+PYTEST = $(shell nvidia-smi >/dev/null 2>&1 || printf %s 'OMP_NUM_THREADS=1') $(PYTHON) -m pytest \
+  $(shell nvidia-smi >/dev/null 2>&1 || printf %s '-n 2 --dist worksteal') \
+  tests tools/tests benchmarks/tests
 
 # Less registration.h, which kernel-builder generates in torch-ext.
 NATIVE = $(shell find deformable_detr torch-ext benchmarks tools \
@@ -43,11 +46,11 @@ guard: build ## fail if the CPU kernel has become much slower beside grid_sample
 
 .PHONY: test
 test: build ## run the tests, less those marked slow
-	$(PYTHON) -m pytest tests tools/tests benchmarks/tests -m "not slow" $(JOBS) $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 .PHONY: test-all
 test-all: build ## run all tests
-	$(PYTHON) -m pytest tests tools/tests benchmarks/tests $(JOBS) $(ARGS)
+	$(PYTEST) $(ARGS)
 
 .PHONY: fuzz
 fuzz: build ## compare 20,000 random problems with float64
