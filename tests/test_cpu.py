@@ -34,7 +34,7 @@ def same(results, others):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_instruction_sets(capability):
-    """The comparisons with the reference, in a process that is held to an instruction set.
+    """The native comparisons with the reference, in a process held to an instruction set.
 
     One that the processor does not have is lowered to the next that it has; the widest that it has
     is what all other tests run.
@@ -42,7 +42,7 @@ def test_instruction_sets(capability):
     cases = "pyramid or encoder or channels_30 or channels_3 or channels_71 or thin_maps or far"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_operator.py",
-         "-k", f"(test_matches_reference or float_weights) and cpu and ({cases} or mixed)"],
+         "-k", f"cpu and native and (test_matches_reference and ({cases}) or test_any_mixture)"],
         cwd=TESTS,
         env={**os.environ, "MSDA_CPU_CAPABILITY": capability},
         capture_output=True,
