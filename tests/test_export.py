@@ -272,8 +272,7 @@ def test_onnx_of_a_program_exported_before(kernel, onnx_export):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("opset", [16, 18])
+@pytest.mark.parametrize(("opset", "dtype"), [(16, torch.float32), (18, torch.float64)], ids=str)
 def test_onnx_opsets(kernel, onnx_export, opset, dtype):
     """float64 as well, which GridSample has from 20 on: it goes by GatherElements."""
     args = sizes_inputs("ms_deform_attn", dtype, {}, **EXPORTED)
@@ -345,8 +344,7 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ["kernelized", "fused"])
-def test_onnx_of_a_model(kernel, onnx_export, route):
+def test_onnx_of_a_model(kernel, onnx_export):
     """With another batch; transformers fixes the image size of this model by itself."""
     from models import MODELS, build
     from test_transformers import on_this_kernel, transformers_that_uses_kernels
@@ -355,7 +353,7 @@ def test_onnx_of_a_model(kernel, onnx_export, route):
     model = build(spec, transformers_that_uses_kernels(), "cpu").eval()
     module = Logits(model)
     images = torch.rand(3, 3, *spec.image, generator=torch.Generator().manual_seed(0))
-    with on_this_kernel(kernel, spec, model, "cpu", False, route), torch.no_grad():
+    with on_this_kernel(kernel, spec, model, "cpu", False, "fused"), torch.no_grad():
         expected = module(images)
         batch = {0: "batch"}
         run, operators = onnx_export(module, (images[:2],), (batch,), standard=None)
