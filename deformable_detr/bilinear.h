@@ -91,31 +91,32 @@ MSDA_HOST_DEVICE Exact<acc_t> moved_pixel(acc_t reference, int32_t size, const E
   return {pixel, (shifted - pixel) + error};
 }
 
-// One axis of a location: pixel = location * size - 0.5, split into its floor and its fraction.
+// One axis of a location: location * size - 0.5.
 //
 // Rounding the product alone misplaces a point on a map 300 pixels wide by 1e-5 pixels, and puts
 // one in a few thousand on the wrong side of a pixel centre, where the gradient jumps. So the
-// errors of the product (fma) and of the subtraction are added to the fraction.
+// errors of the product (fma) and of the subtraction are kept.
+template <typename acc_t>
+MSDA_HOST_DEVICE Exact<acc_t> located_pixel(acc_t location, int32_t size) {
+  const Exact<acc_t> product = multiply(location, static_cast<acc_t>(size));
+  const acc_t pixel = product.rounded - acc_t(0.5);
+  return {pixel, product.rest + ((product.rounded - pixel) - acc_t(0.5))};
+}
+
+// One axis of a pixel, split into its floor and its fraction.
 template <typename acc_t>
 struct Coordinate {
   acc_t floor;
   acc_t fraction;
 
-  MSDA_HOST_DEVICE Coordinate(acc_t location, int32_t size) {
-    const acc_t product = location * static_cast<acc_t>(size);
-    const acc_t pixel = product - acc_t(0.5);
-    const acc_t error =
-        std::fma(location, static_cast<acc_t>(size), -product) + ((product - pixel) - acc_t(0.5));
-    split({pixel, error});
-  }
-
-  MSDA_HOST_DEVICE explicit Coordinate(const Exact<acc_t>& pixel) { split(pixel); }
-
-  MSDA_HOST_DEVICE void split(const Exact<acc_t>& pixel) {
+  MSDA_HOST_DEVICE explicit Coordinate(const Exact<acc_t>& pixel) {
     floor = std::floor(pixel.rounded);
     floor -= ((pixel.rounded == floor) & (pixel.rest < 0)) ? acc_t(1) : acc_t(0);
     fraction = (pixel.rounded - floor) + pixel.rest;
   }
+
+  MSDA_HOST_DEVICE Coordinate(acc_t location, int32_t size)
+      : Coordinate(located_pixel(location, size)) {}
 
   // Whether this pixel or the next lies in [0, size). False for NaN and infinity.
   MSDA_HOST_DEVICE bool touches(int32_t size) const {

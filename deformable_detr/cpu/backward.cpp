@@ -11,40 +11,16 @@
 // value it reads, and whose gradient it drops. Tiles share nothing and do not depend on the number
 // of threads, so neither do the sums.
 //
-// A fused call works out its points first, as the tiles read them, and differentiates them after
-// the tiles, some batch items per round. It stores 32 bytes a point in float, for the points of a
-// round alone: at most 8 MB, unless those of one batch item take more.
-#include "deformable_detr/cpu/tiles.h"
+// A fused call computes its weights before the tiles, and turns the gradients of locations and
+// weights, as the tiles of a plain call give them, into those of its own operands after the tiles.
+// It does so for some batch items per round: weights and gradients take 16 bytes a point in float,
+// for the points of a round alone: at most 8 MB, unless those of one batch item take more.
+#include <type_traits>
+
 #include "deformable_detr/cpu/work.h"
 
 namespace ms_deform_attn::cpu {
 namespace {
-
-// The points of a fused call's round, for its tiles: a level of a (batch, head) lies together, each
-// quantity in an array of its own, so that a tile reads a block's points from where they lie.
-template <typename acc>
-struct FusedPoints {
-  FusedPoints(const Params& p, bool differentiated)
-      : p(p),
-        count(p.batch * p.queries * p.heads * p.points),
-        numbers(count * numbers_of_point(differentiated), false) {
-    prefer_huge_pages(numbers.data(), count * numbers_of_point(differentiated) * sizeof(acc));
-  }
-  static constexpr int64_t numbers_of_point(bool differentiated) { return differentiated ? 8 : 5; }
-
-  enum Quantity { x, y, x_rest, y_rest, weight, grad_x, grad_y, grad_weight };
-
-  // From `query` on, of the level with `points` points, the first of which is `first_point`.
-  acc* at(Quantity quantity, int64_t batch, int64_t head, int32_t first_point, int32_t points,
-          int64_t query) const {
-    return numbers.data() + quantity * count +
-           ((batch * p.heads + head) * p.points + first_point) * p.queries + query * points;
-  }
-
-  const Params& p;
-  int64_t count;
-  Array<acc> numbers;
-};
 
 // What a round of a fused call may take for its points, unless a batch item alone takes more.
 constexpr int64_t kRoundBytes = 8 << 20;
@@ -76,22 +52,6 @@ void prefer_huge_pages_for_results(const BackwardParams& p) {
   prefer(p.grad_attention_logits, p.attention_logits.dtype, points);
 }
 
-// Has two steps: which tiles each block touches, and the tiles.
-template <typename scalar_t>
-void plain_backward(const BackwardParams& params) {
-  const Tiles tiles = cut_tiles<acc_t<scalar_t>>(params);
-  const int64_t maps = params.batch * params.heads;
-  const Array<uint64_t> tiles_of_block(maps * tiles.blocks);
-  Tasks(maps * tiles.blocks).run([&](Tasks& tasks) {
-    MSDA_FOR_CAPABILITY(find_tiles<scalar_t>(params, tiles, tiles_of_block.data(), tasks));
-  });
-  Tasks(maps * tiles.tiles.size()).run([&](Tasks& tasks) {
-    MSDA_FOR_CAPABILITY(backward<scalar_t>(params, tiles, tiles_of_block.data(), nullptr, tasks));
-  });
-}
-
-// ------------------------------------------------------------------------------------------ fused
-
 // The `count` batch items from number `first` on.
 BackwardParams batch_items(const BackwardParams& params, int64_t first, int64_t count) {
   BackwardParams p = params;
@@ -116,39 +76,57 @@ BackwardParams batch_items(const BackwardParams& params, int64_t first, int64_t 
   return p;
 }
 
-// Three steps: the points' pixels and weights, the tiles, the gradients of offsets and logits.
+// Two steps: the tiles that each block touches, and the tiles.
 template <typename scalar_t>
-void fused_round(const BackwardParams& p, const std::vector<Level>& levels, bool differentiated) {
-  using acc = acc_t<scalar_t>;
-  const Tiles tiles = cut_tiles<acc>(p);
-  const FusedPoints<acc> points(p, differentiated);
-  const Array<uint64_t> tiles_of_block(p.batch * p.heads * tiles.blocks);
-  Tasks(p.batch * tiles.blocks).run([&](Tasks& tasks) {
-    MSDA_FOR_CAPABILITY(
-        fuse_blocks<scalar_t>(p, levels, tiles, points, tiles_of_block.data(), tasks));
+void run_tiles(const BackwardParams& p, const std::vector<Level>& levels) {
+  const Tiles tiles = cut_tiles<acc_t<scalar_t>>(p);
+  const int64_t maps = p.batch * p.heads;
+  const Array<uint64_t> tiles_of_block(maps * tiles.blocks);
+  Tasks(maps * tiles.blocks).run([&](Tasks& tasks) {
+    MSDA_FOR_CAPABILITY(find_tiles<scalar_t>(p, levels, tiles, tiles_of_block, tasks));
   });
-  Tasks(p.batch * p.heads * tiles.tiles.size()).run([&](Tasks& tasks) {
-    MSDA_FOR_CAPABILITY(backward<scalar_t>(p, tiles, tiles_of_block.data(), &points, tasks));
-  });
-  if (!differentiated) return;
-  Tasks(p.batch * tiles.blocks).run([&](Tasks& tasks) {
-    MSDA_FOR_CAPABILITY(differentiate_blocks<scalar_t>(p, levels, tiles, points, tasks));
+  Tasks(maps * tiles.tiles.size()).run([&](Tasks& tasks) {
+    MSDA_FOR_CAPABILITY(backward<scalar_t>(p, levels, tiles, tiles_of_block, tasks));
   });
 }
 
+// A round's tiles get what those of a plain call have: weights, and room for the gradients of
+// locations and weights.
 template <typename scalar_t>
-void fused_backward(const BackwardParams& params) {
-  const bool differentiated = params.grad_attention_logits || params.grad_reference_points;
-  const int64_t bytes = params.queries * params.heads * params.points *
-                        FusedPoints<acc_t<scalar_t>>::numbers_of_point(differentiated) *
-                        sizeof(acc_t<scalar_t>);
+void run_round(BackwardParams p, const std::vector<Level>& levels, bool differentiated) {
+  using acc = acc_t<scalar_t>;
+  const int64_t points = p.batch * p.queries * p.heads * p.points;
+  const int64_t gradients = differentiated ? points : 0;
+  const Array<acc> weights(points, false), grad_weights(gradients, false);
+  const Array<acc> grad_locations(2 * gradients, false);
+  prefer_huge_pages(weights, points * sizeof(acc));
+  prefer_huge_pages(grad_weights, gradients * sizeof(acc));
+  prefer_huge_pages(grad_locations, 2 * gradients * sizeof(acc));
+  row_tasks(p).run(
+      [&](Tasks& tasks) { MSDA_FOR_CAPABILITY(weigh_rows<scalar_t>(p, weights, tasks)); });
+  p.attention_weights = {weights, kDType<acc>};
+  p.sampling_locations.dtype = kDType<acc>;
+  if (differentiated) {
+    p.grad_sampling_locations = grad_locations;
+    p.grad_attention_weights = grad_weights;
+  }
+  run_tiles<scalar_t>(p, levels);
+  if (!differentiated) return;
+  row_tasks(p).run(
+      [&](Tasks& tasks) { MSDA_FOR_CAPABILITY(differentiate_rows<scalar_t>(p, levels, tasks)); });
+}
+
+template <typename scalar_t>
+void fused_backward(const BackwardParams& p, const std::vector<Level>& levels) {
+  const bool differentiated = p.grad_attention_logits || p.grad_reference_points;
+  const int64_t bytes =
+      p.queries * p.heads * p.points * (differentiated ? 4 : 1) * sizeof(acc_t<scalar_t>);
   const int64_t most = std::max<int64_t>(1, kRoundBytes / bytes);
-  const int64_t rounds = (params.batch + most - 1) / most;
-  const int64_t items = (params.batch + rounds - 1) / rounds;
-  const std::vector<Level> levels = read_levels(params);
-  for (int64_t first = 0; first < params.batch; first += items) {
-    const int64_t count = std::min(items, params.batch - first);
-    fused_round<scalar_t>(batch_items(params, first, count), levels, differentiated);
+  const int64_t rounds = (p.batch + most - 1) / most;
+  const int64_t items = (p.batch + rounds - 1) / rounds;
+  for (int64_t first = 0; first < p.batch; first += items) {
+    const int64_t count = std::min(items, p.batch - first);
+    run_round<scalar_t>(batch_items(p, first, count), levels, differentiated);
   }
 }
 
@@ -156,10 +134,11 @@ void fused_backward(const BackwardParams& params) {
 
 void backward(const BackwardParams& params) {
   prefer_huge_pages_for_results(params);
+  const std::vector<Level> levels = read_levels(params);
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    if (params.fused()) return fused_backward<scalar_t>(params);
-    plain_backward<scalar_t>(params);
+    if (params.fused()) return fused_backward<scalar_t>(params, levels);
+    run_tiles<scalar_t>(params, levels);
   });
 }
 

@@ -55,6 +55,7 @@ inline Capability capability() {
 #endif
 
 #define MSDA_INLINE inline __attribute__((always_inline))
+#define MSDA_INLINE_LAMBDA __attribute__((always_inline))
 
 // Before a loop: what it writes is not what it reads in another turn, so that it is vectorised.
 #if defined(__clang__)

@@ -8,9 +8,7 @@
 
 namespace ms_deform_attn::cpu {
 namespace {
-constexpr int32_t kBlockPoints = 128;  // whose tables stay in the L1 cache
-constexpr int32_t kPointsAhead = 8;    // how far ahead pixels are prefetched
-constexpr int64_t kTaskRows = 256;
+constexpr int32_t kPointsAhead = 8;  // how far ahead pixels are prefetched
 }  // namespace
 }  // namespace ms_deform_attn::cpu
 
@@ -25,9 +23,8 @@ void forward(const Params& params) {
     using scalar_t = decltype(zero);
     const int64_t rows = params.batch * params.queries * params.heads;
     prefer_huge_pages(params.output, rows * params.channels * sizeof(scalar_t));
-    Tasks((rows + kTaskRows - 1) / kTaskRows).run([&](Tasks& tasks) {
-      MSDA_FOR_CAPABILITY(forward<scalar_t>(params, levels, tasks));
-    });
+    row_tasks(params).run(
+        [&](Tasks& tasks) { MSDA_FOR_CAPABILITY(forward<scalar_t>(params, levels, tasks)); });
   });
 }
 

@@ -1,4 +1,5 @@
-// How the backward on the CPU cuts its work into tiles: see backward.cpp.
+// How the CPU kernels cut their work: rows into tasks, points into blocks, and the backward its
+// maps into tiles, see backward.cpp.
 #pragma once
 
 #include <algorithm>
@@ -8,16 +9,17 @@
 
 namespace ms_deform_attn::cpu {
 
+constexpr int64_t kTaskRows = 256;
+constexpr int32_t kBlockPoints = 128;      // whose tables stay in the L1 cache
 constexpr int64_t kTileBytes = 960 << 10;  // with the rest, below 1 MB a thread
 constexpr int64_t kFewestTiles = 32;       // of a call, about, so that all threads have work
-constexpr int32_t kBlockPoints = 128;
 constexpr int32_t kRegisterBytes = 64;  // of the largest: all instruction sets cut the same tiles
 
 // Some rows of a level's map: those in [top, bottom).
 struct Tile {
   Level level;
   int32_t top, bottom;
-  int32_t first_point, points;  // the level's, within a (batch, query, head)
+  int32_t level_index, first_point, points;  // the level's, within a (batch, query, head)
 
   int32_t first_pixel() const { return level.start + top * level.width; }
   int32_t pixels() const { return (bottom - top) * level.width; }
@@ -50,7 +52,7 @@ Tiles cut_tiles(const Params& p) {
         1, std::min(pixels_that_fit / width - 1, pixels_of_thread / width));  // -1: the halo
     for (int64_t top = 0; top < level.height; top += rows) {
       const int64_t bottom = std::min<int64_t>(top + rows, level.height);
-      const Tile tile{level, int32_t(top), int32_t(bottom), first_point, points};
+      const Tile tile{level, int32_t(top), int32_t(bottom), i, first_point, points};
       result.most_pixels = std::max(result.most_pixels, int64_t(tile.pixels_with_halo()) + 1);
       result.tiles.push_back(tile);
     }

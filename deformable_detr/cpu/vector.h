@@ -3,6 +3,9 @@
 // The compiler's own vector types do the arithmetic. Only how the half types are read and written
 // is written by hand. No include guard: this file is included once per instruction set.
 
+template <int32_t value>
+using Constant = std::integral_constant<int32_t, value>;
+
 template <typename acc>
 constexpr int32_t kLanes = MSDA_VECTOR_BYTES / sizeof(acc);
 
@@ -13,6 +16,10 @@ struct VectorOf {
 };
 template <typename T, int32_t lanes = kLanes<T>>
 using Vector = typename VectorOf<T, lanes>::type;
+
+// How a number is copied: the compiler vectorises no copies of the half types, which are structs.
+template <typename scalar_t>
+using Bits = std::conditional_t<std::is_same_v<scalar_t, acc_t<scalar_t>>, scalar_t, uint16_t>;
 
 using Bits16 = Vector<uint16_t, kLanes<float>>;
 using Bits32 = Vector<uint32_t, kLanes<float>>;
@@ -136,42 +143,53 @@ MSDA_INLINE void store(scalar_t* to, Vector<acc_t<scalar_t>> x, int32_t count) {
   for (int32_t i = 0; i < count; ++i) to[i] = buffer[i];
 }
 
-// Converts `count` numbers. `to_array` is the beginning of an Array.
-template <typename scalar_t>
-MSDA_INLINE void load_numbers(const scalar_t* from, int32_t count, acc_t<scalar_t>* to_array) {
-  constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
+// Converts `count` numbers between acc and how they are stored.
+template <typename From, typename To>
+MSDA_INLINE void convert(const From* from, int32_t count, To* to) {
+  constexpr int32_t lanes = kLanes<acc_t<From>>;
   int32_t i = 0;
-  for (; i + lanes <= count; i += lanes) store(to_array + i, load(from + i));
-  if (i < count) store(to_array + i, load(from + i, count - i));
-}
-template <typename scalar_t>
-MSDA_INLINE void store_numbers(const acc_t<scalar_t>* from_array, int32_t count, scalar_t* to) {
-  constexpr int32_t lanes = kLanes<acc_t<scalar_t>>;
-  int32_t i = 0;
-  for (; i + lanes <= count; i += lanes) store(to + i, load(from_array + i));
-  if (i < count) store(to + i, load(from_array + i), count - i);
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+  if (i < count) store(to + i, load(from + i, count - i), count - i);
 }
 
-// The same for an operand, which is stored as value is or as acc, from index `first` on.
-template <typename scalar_t>
-MSDA_INLINE void load_numbers(const Operand& operand, int64_t first, int32_t count,
-                              acc_t<scalar_t>* to_array) {
-  using acc = acc_t<scalar_t>;
-  if (operand.dtype == kDType<scalar_t>) {
-    load_numbers(static_cast<const scalar_t*>(operand.data) + first, count, to_array);
+// Calls function(zero) for the type of an operand, which is stored as value is or as acc.
+template <typename scalar_t, typename Function>
+MSDA_INLINE void dispatch_operand(DType dtype, const Function& function) {
+  if (dtype == kDType<scalar_t>) {
+    function(scalar_t{});
   } else {
-    load_numbers(static_cast<const acc*>(operand.data) + first, count, to_array);
+    function(acc_t<scalar_t>{});
   }
 }
+
+// Reads `count` numbers of an operand, from index `first` on.
 template <typename scalar_t>
-MSDA_INLINE void store_numbers(const acc_t<scalar_t>* from_array, int32_t count, int64_t first,
-                               void* tensor, DType dtype) {
-  using acc = acc_t<scalar_t>;
-  if (dtype == kDType<scalar_t>) {
-    store_numbers(from_array, count, static_cast<scalar_t*>(tensor) + first);
-  } else {
-    store_numbers(from_array, count, static_cast<acc*>(tensor) + first);
-  }
+MSDA_INLINE void read_numbers(const Operand& operand, int64_t first, int32_t count,
+                              acc_t<scalar_t>* to) {
+  dispatch_operand<scalar_t>(operand.dtype, [&](auto zero) MSDA_INLINE_LAMBDA {
+    convert(static_cast<const decltype(zero)*>(operand.data) + first, count, to);
+  });
+}
+
+// Writes as many, into a tensor of such a dtype.
+template <typename scalar_t>
+MSDA_INLINE void write_numbers(const acc_t<scalar_t>* from, int32_t count, void* tensor,
+                               DType dtype, int64_t first) {
+  dispatch_operand<scalar_t>(dtype, [&](auto zero) MSDA_INLINE_LAMBDA {
+    convert(from, count, static_cast<decltype(zero)*>(tensor) + first);
+  });
+}
+
+// function(a constant, c) with as many channels as that constant's number of registers has lanes,
+// from channel c on. Returns the number of channels done: those left do not fill a register.
+template <typename acc, typename Function>
+MSDA_INLINE int32_t for_registers(int32_t channels, const Function& function) {
+  constexpr int32_t lanes = kLanes<acc>;
+  int32_t c = 0;
+  for (; c + 4 * lanes <= channels; c += 4 * lanes) function(Constant<4>{}, c);
+  for (; c + 2 * lanes <= channels; c += 2 * lanes) function(Constant<2>{}, c);
+  for (; c + lanes <= channels; c += lanes) function(Constant<1>{}, c);
+  return c;
 }
 
 // The rows of a head lie a kilobyte or more apart, which the processor's own prefetching does not

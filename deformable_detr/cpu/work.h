@@ -18,7 +18,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "deformable_detr/ms_deform_attn.h"
+#include "deformable_detr/cpu/tiles.h"
 
 namespace ms_deform_attn::cpu {
 
@@ -42,8 +42,7 @@ class Array {
     }
     if (zero) std::memset(static_cast<void*>(data_.get()), 0, bytes);
   }
-  T* data() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
+  operator T*() const { return data_.get(); }
 
  private:
   struct Free {
@@ -82,6 +81,11 @@ class Tasks {
   const int64_t count_;
   std::atomic<int64_t> next_{0};
 };
+
+// See for_whole_rows.
+inline Tasks row_tasks(const Params& p) {
+  return Tasks((p.batch * p.queries * p.heads + kTaskRows - 1) / kTaskRows);
+}
 
 // The system hands out the memory of a new large tensor page by page, and clears each page at its
 // first write. Huge pages make that four times faster and take no more memory.
