@@ -36,14 +36,10 @@ struct Dimension {
   int64_t size = -1;
 };
 
-void check_shape(const char* name, const Tensor& tensor,
-                 std::initializer_list<Dimension> expected) {
+void check_shape(const char* name, const Tensor& tensor, const std::vector<Dimension>& expected) {
   bool matches = tensor.dim() == static_cast<int64_t>(expected.size());
-  int64_t i = 0;
-  for (const Dimension& dimension : expected) {
-    if (!matches) break;
-    matches = dimension.size < 0 || tensor.size(i) == dimension.size;
-    ++i;
+  for (size_t i = 0; matches && i < expected.size(); ++i) {
+    matches = expected[i].size < 0 || tensor.size(i) == expected[i].size;
   }
   if (matches) return;
   std::ostringstream shape;
@@ -150,11 +146,7 @@ Params Inputs::check_and_align() {
         spatial_shapes.size(0), " levels, expected at most ", kMaxGpuLevels, " on a GPU");
   params.levels = static_cast<int32_t>(spatial_shapes.size(0));
   check_shape("level_start_index", level_start_index, {{"levels", params.levels}});
-  if (points_per_level) {
-    check_listed_points(params, *points_per_level);
-  } else {
-    check_equal_points(params);
-  }
+  check_points(params);
   params.method = nearest ? Method::nearest : Method::bilinear;
   params.shapes_int64 = is_int64("spatial_shapes", spatial_shapes);
   params.starts_int64 = is_int64("level_start_index", level_start_index);
@@ -199,45 +191,34 @@ void Inputs::check_value(Params& params) const {
   params.channels = static_cast<int32_t>(value.size(3));
 }
 
-// Each level has as many points as dimension 4 says.
-void Inputs::check_equal_points(Params& params) const {
-  check_shape(coordinates.name, coordinates.tensor,
-              {{"batch", params.batch},
-               {"queries"},
-               {"heads", params.heads},
-               {"levels", params.levels},
-               {"points"},
-               {"2", 2}});
+// Points have a dimension for the levels, or one for all levels' points: see points_per_level.
+void Inputs::check_points(Params& params) const {
+  std::vector<Dimension> shape{{"batch", params.batch}, {"queries"}, {"heads", params.heads}};
+  if (!points_per_level) shape.push_back({"levels", params.levels});
+  shape.push_back({"points"});
+  shape.push_back({"2", 2});
+  check_shape(coordinates.name, coordinates.tensor, shape);
   params.queries = coordinates.tensor.size(1);
-  const int64_t points = coordinates.tensor.size(4);
-  check(points <= kMaxPoints && params.levels * points <= kMaxPoints, coordinates.name, " has ",
-        points, " points in each of ", params.levels, " levels, expected fewer than 2^30 in all");
-  params.points_per_level = static_cast<int32_t>(points);
-  params.points = params.levels * params.points_per_level;
-  check_shape(weights.name, weights.tensor,
-              {{"batch", params.batch},
-               {"queries", params.queries},
-               {"heads", params.heads},
-               {"levels", params.levels},
-               {"points", points}});
+  const int64_t points = coordinates.tensor.size(coordinates.tensor.dim() - 2);
+  if (points_per_level) {
+    check(points <= kMaxPoints, coordinates.name, " has ", points,
+          " points, expected fewer than 2^30");
+    params.points = static_cast<int32_t>(points);
+  } else {
+    check(points <= kMaxPoints && params.levels * points <= kMaxPoints, coordinates.name, " has ",
+          points, " points in each of ", params.levels, " levels, expected fewer than 2^30 in all");
+    params.points_per_level = static_cast<int32_t>(points);
+    params.points = params.levels * params.points_per_level;
+  }
+  shape.pop_back();
+  shape.back().size = points;
+  shape[1].size = params.queries;
+  check_shape(weights.name, weights.tensor, shape);
+  if (points_per_level) check_points_per_level(params, *points_per_level);
 }
 
-// Each level has as many points as points_per_level counts; dimension 3 runs over all of them.
-void Inputs::check_listed_points(Params& params, const std::vector<int64_t>& counts) const {
-  check_shape(
-      coordinates.name, coordinates.tensor,
-      {{"batch", params.batch}, {"queries"}, {"heads", params.heads}, {"points"}, {"2", 2}});
-  params.queries = coordinates.tensor.size(1);
-  const int64_t points = coordinates.tensor.size(3);
-  check(points <= kMaxPoints, coordinates.name, " has ", points,
-        " points, expected fewer than 2^30");
-  params.points = static_cast<int32_t>(points);
-  check_shape(weights.name, weights.tensor,
-              {{"batch", params.batch},
-               {"queries", params.queries},
-               {"heads", params.heads},
-               {"points", points}});
-
+void Inputs::check_points_per_level(Params& params, const std::vector<int64_t>& counts) const {
+  const int32_t points = params.points;
   check(counts.size() == static_cast<size_t>(params.levels), "points_per_level has ", counts.size(),
         " numbers, expected levels=", params.levels);
   int64_t total = 0;

@@ -1,15 +1,20 @@
 // The inputs of a call: their checks, and every limit on them.
 #pragma once
 
-#include <initializer_list>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "deformable_detr/ms_deform_attn.h"
-#include "deformable_detr/ops.h"
 
 namespace ms_deform_attn {
+
+using torch::stable::Tensor;
+using PointsPerLevel = std::optional<std::vector<int64_t>>;
 
 // ------------------------------------------------------------------------------------------ limits
 
@@ -67,8 +72,8 @@ struct __attribute__((visibility("hidden"))) Inputs {
  private:
   bool fused() const { return reference_points.has_value(); }
   void check_value(Params& params) const;
-  void check_equal_points(Params& params) const;
-  void check_listed_points(Params& params, const std::vector<int64_t>& counts) const;
+  void check_points(Params& params) const;
+  void check_points_per_level(Params& params, const std::vector<int64_t>& counts) const;
   void check_reference_points(Params& params) const;
   void check_grad_output(const Params& params) const;
   DType check_operand(const char* name, const Tensor& tensor, DType value_dtype) const;

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "deformable_detr/inputs.h"
+#include "deformable_detr/ops.h"
 
 #if defined(USE_CUDA)
 #include "deformable_detr/cuda/plan.h"
@@ -51,7 +51,13 @@ void on_device(const Tensor& value, Function&& function) {
   throw;
 }
 
-Tensor allocate_and_forward(Inputs&& inputs) try {
+Tensor convert(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+}  // namespace
+
+Tensor forward(Inputs&& inputs) try {
   Params params = inputs.check_and_align();
   Tensor output = torch::stable::new_empty(
       inputs.value, {params.batch, params.queries, int64_t(params.heads) * params.channels});
@@ -70,20 +76,7 @@ Tensor allocate_and_forward(Inputs&& inputs) try {
   rethrow(inputs.value, error);
 }
 
-Tensor convert(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
-struct Gradients {
-  Tensor value, coordinates, weights, reference_points;  // of shape (0,) if nobody asked for them
-};
-
-// points: of the coordinates and of the weights.
-struct Wanted {
-  bool value, points, reference_points = false;
-};
-
-Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wanted& wanted) try {
+Gradients backward(Inputs&& inputs, bool deterministic, const Wanted& wanted) try {
   const ScalarType coordinates_dtype = inputs.coordinates.tensor.scalar_type();
   const ScalarType weights_dtype = inputs.weights.tensor.scalar_type();
   const auto reference_dtype =
@@ -144,84 +137,12 @@ Gradients allocate_and_backward(Inputs&& inputs, bool deterministic, const Wante
   grads.weights = convert(grads.weights, weights_dtype);
   if (wanted.reference_points) {
     const int64_t heads[] = {2};
-    grads.reference_points =
-        convert(torch::stable::sum(grads.reference_points, heads), reference_dtype);
-  } else {
-    grads.reference_points = convert(grads.reference_points, reference_dtype);
+    grads.reference_points = torch::stable::sum(grads.reference_points, heads);
   }
+  grads.reference_points = convert(grads.reference_points, reference_dtype);
   return grads;
 } catch (const std::runtime_error& error) {
   rethrow(inputs.value, error);
-}
-
-}  // namespace
-
-// ----------------------------------------------------------------------------------- the operators
-
-Tensor forward(const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-               const Tensor& sampling_locations, const Tensor& attention_weights,
-               const PointsPerLevel& points_per_level, bool nearest) {
-  return allocate_and_forward({.value = value,
-                               .spatial_shapes = spatial_shapes,
-                               .level_start_index = level_start_index,
-                               .coordinates = {"sampling_locations", sampling_locations},
-                               .weights = {"attention_weights", attention_weights},
-                               .points_per_level = points_per_level,
-                               .nearest = nearest});
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-    const Tensor& sampling_locations, const Tensor& attention_weights, const Tensor& grad_output,
-    const PointsPerLevel& points_per_level, bool nearest, bool deterministic, bool value_needs_grad,
-    bool points_need_grad) {
-  const Gradients grads =
-      allocate_and_backward({.value = value,
-                             .spatial_shapes = spatial_shapes,
-                             .level_start_index = level_start_index,
-                             .coordinates = {"sampling_locations", sampling_locations},
-                             .weights = {"attention_weights", attention_weights},
-                             .points_per_level = points_per_level,
-                             .nearest = nearest,
-                             .grad_output = grad_output},
-                            deterministic, {value_needs_grad, points_need_grad});
-  return {grads.value, grads.coordinates, grads.weights};
-}
-
-Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
-                     const Tensor& level_start_index, const Tensor& reference_points,
-                     const Tensor& sampling_offsets, const Tensor& attention_logits,
-                     const PointsPerLevel& points_per_level, bool nearest, double offset_scale) {
-  return allocate_and_forward({.value = value,
-                               .spatial_shapes = spatial_shapes,
-                               .level_start_index = level_start_index,
-                               .coordinates = {"sampling_offsets", sampling_offsets},
-                               .weights = {"attention_logits", attention_logits},
-                               .points_per_level = points_per_level,
-                               .nearest = nearest,
-                               .reference_points = reference_points,
-                               .offset_scale = offset_scale});
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
-    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
-    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
-    const Tensor& grad_output, const PointsPerLevel& points_per_level, bool nearest,
-    double offset_scale, bool reference_needs_grad, bool deterministic, bool value_needs_grad,
-    bool points_need_grad) {
-  const Gradients grads = allocate_and_backward(
-      {.value = value,
-       .spatial_shapes = spatial_shapes,
-       .level_start_index = level_start_index,
-       .coordinates = {"sampling_offsets", sampling_offsets},
-       .weights = {"attention_logits", attention_logits},
-       .points_per_level = points_per_level,
-       .nearest = nearest,
-       .reference_points = reference_points,
-       .offset_scale = offset_scale,
-       .grad_output = grad_output},
-      deterministic, {value_needs_grad, points_need_grad, reference_needs_grad});
-  return {grads.value, grads.reference_points, grads.coordinates, grads.weights};
 }
 
 }  // namespace ms_deform_attn

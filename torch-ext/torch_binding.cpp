@@ -1,13 +1,86 @@
-// Schemas, once, and their implementations per backend. Fakes and autograd are registered in
-// Python.
-#include "deformable_detr/ops.h"
-
+// The operators' schemas, once, with what binds them to the two functions of ops.h. Fakes and
+// autograd are registered in Python.
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
+#include "deformable_detr/ops.h"
 #include "registration.h"
 
+namespace ms_deform_attn {
+namespace {
+
+Tensor plain_forward(const Tensor& value, const Tensor& spatial_shapes,
+                     const Tensor& level_start_index, const Tensor& sampling_locations,
+                     const Tensor& attention_weights, const PointsPerLevel& points_per_level,
+                     bool nearest) {
+  return forward({.value = value,
+                  .spatial_shapes = spatial_shapes,
+                  .level_start_index = level_start_index,
+                  .coordinates = {"sampling_locations", sampling_locations},
+                  .weights = {"attention_weights", attention_weights},
+                  .points_per_level = points_per_level,
+                  .nearest = nearest});
+}
+
+std::tuple<Tensor, Tensor, Tensor> plain_backward(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+    const Tensor& sampling_locations, const Tensor& attention_weights, const Tensor& grad_output,
+    const PointsPerLevel& points_per_level, bool nearest, bool deterministic, bool value_needs_grad,
+    bool points_need_grad) {
+  const Gradients grads = backward({.value = value,
+                                    .spatial_shapes = spatial_shapes,
+                                    .level_start_index = level_start_index,
+                                    .coordinates = {"sampling_locations", sampling_locations},
+                                    .weights = {"attention_weights", attention_weights},
+                                    .points_per_level = points_per_level,
+                                    .nearest = nearest,
+                                    .grad_output = grad_output},
+                                   deterministic, {value_needs_grad, points_need_grad});
+  return {grads.value, grads.coordinates, grads.weights};
+}
+
+Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
+                     const Tensor& level_start_index, const Tensor& reference_points,
+                     const Tensor& sampling_offsets, const Tensor& attention_logits,
+                     const PointsPerLevel& points_per_level, bool nearest, double offset_scale) {
+  return forward({.value = value,
+                  .spatial_shapes = spatial_shapes,
+                  .level_start_index = level_start_index,
+                  .coordinates = {"sampling_offsets", sampling_offsets},
+                  .weights = {"attention_logits", attention_logits},
+                  .points_per_level = points_per_level,
+                  .nearest = nearest,
+                  .reference_points = reference_points,
+                  .offset_scale = offset_scale});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
+    const Tensor& value, const Tensor& spatial_shapes, const Tensor& level_start_index,
+    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
+    const Tensor& grad_output, const PointsPerLevel& points_per_level, bool nearest,
+    double offset_scale, bool reference_needs_grad, bool deterministic, bool value_needs_grad,
+    bool points_need_grad) {
+  const Gradients grads =
+      backward({.value = value,
+                .spatial_shapes = spatial_shapes,
+                .level_start_index = level_start_index,
+                .coordinates = {"sampling_offsets", sampling_offsets},
+                .weights = {"attention_logits", attention_logits},
+                .points_per_level = points_per_level,
+                .nearest = nearest,
+                .reference_points = reference_points,
+                .offset_scale = offset_scale,
+                .grad_output = grad_output},
+               deterministic, {value_needs_grad, points_need_grad, reference_needs_grad});
+  return {grads.value, grads.reference_points, grads.coordinates, grads.weights};
+}
+
+}  // namespace
+}  // namespace ms_deform_attn
+
 // points_per_level is None where each level has the same number of points, and the locations and
-// weights a dimension for the levels.
+// weights a dimension for the levels. Gradients that are not needed are returned with shape (0,).
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "ms_deform_attn_forward(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
@@ -31,20 +104,17 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) {
-  ops.impl("ms_deform_attn_forward", TORCH_BOX(&ms_deform_attn::forward));
-  ops.impl("ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn::backward));
+static void implement(auto& ops) {
+  ops.impl("ms_deform_attn_forward", TORCH_BOX(&ms_deform_attn::plain_forward));
+  ops.impl("ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn::plain_backward));
   ops.impl("fused_ms_deform_attn_forward", TORCH_BOX(&ms_deform_attn::fused_forward));
   ops.impl("fused_ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn::fused_backward));
 }
 
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) { implement(ops); }
+
 #if defined(CUDA_KERNEL)
-STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
-  ops.impl("ms_deform_attn_forward", TORCH_BOX(&ms_deform_attn::forward));
-  ops.impl("ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn::backward));
-  ops.impl("fused_ms_deform_attn_forward", TORCH_BOX(&ms_deform_attn::fused_forward));
-  ops.impl("fused_ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn::fused_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) { implement(ops); }
 #endif
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
