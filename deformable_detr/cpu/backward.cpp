@@ -40,39 +40,36 @@ int64_t element_size(DType dtype) {
   return size;
 }
 
-void prefer_huge_pages_for_results(const BackwardParams& p) {
-  const int64_t points = p.batch * p.queries * p.heads * p.points;
-  const auto prefer = [](void* data, DType dtype, int64_t elements) {
-    prefer_huge_pages(data, elements * element_size(dtype));
-  };
-  prefer(p.grad_value, p.value_dtype, p.batch * p.spatial_size * p.heads * p.channels);
-  prefer(p.grad_sampling_locations, p.sampling_locations.dtype, 2 * points);
-  prefer(p.grad_attention_weights, p.attention_weights.dtype, points);
-  prefer(p.grad_sampling_offsets, p.sampling_offsets.dtype, 2 * points);
-  prefer(p.grad_attention_logits, p.attention_logits.dtype, points);
+// function(pointer, bytes per batch item) for each gradient.
+template <typename Function>
+void for_each_result(BackwardParams& p, const Function& function) {
+  const int64_t points = p.queries * p.heads * p.points;
+  const int64_t references = p.queries * p.reference_levels * p.reference_coordinates;
+  const int64_t size = element_size(p.value_dtype), acc_size = std::max<int64_t>(size, 4);
+  function(p.grad_value, p.spatial_size * p.heads * p.channels * size);
+  function(p.grad_sampling_locations, 2 * points * element_size(p.sampling_locations.dtype));
+  function(p.grad_attention_weights, points * element_size(p.attention_weights.dtype));
+  function(p.grad_sampling_offsets, 2 * points * element_size(p.sampling_offsets.dtype));
+  function(p.grad_attention_logits, points * element_size(p.attention_logits.dtype));
+  function(p.grad_reference_points, p.heads * references * acc_size);
 }
 
-// The `count` batch items from number `first` on.
-BackwardParams batch_items(const BackwardParams& params, int64_t first, int64_t count) {
-  BackwardParams p = params;
-  p.batch = count;
-  // Skips so many elements for each batch item before the first.
-  const auto skip = [&](auto& data, DType dtype, int64_t elements) {
-    char* const bytes = const_cast<char*>(static_cast<const char*>(data));
-    if (data) data = bytes + first * elements * element_size(dtype);
+// The `count` batch items from number `first` on, of a fused call.
+BackwardParams batch_items(BackwardParams p, int64_t first, int64_t count) {
+  const auto skip = [&](auto& data, int64_t bytes) {
+    char* const all = const_cast<char*>(static_cast<const char*>(data));
+    if (data) data = all + first * bytes;
   };
-  const int64_t values = p.spatial_size * p.heads * p.channels, rows = p.queries * p.heads,
-                references = int64_t(p.reference_levels) * p.reference_coordinates;
-  skip(p.value, p.value_dtype, values);
-  skip(p.grad_output, p.value_dtype, rows * p.channels);
-  skip(p.reference_points.data, p.reference_points.dtype, p.queries * references);
-  skip(p.sampling_offsets.data, p.sampling_offsets.dtype, rows * p.points * 2);
-  skip(p.attention_logits.data, p.attention_logits.dtype, rows * p.points);
-  skip(p.grad_value, p.value_dtype, values);
-  skip(p.grad_sampling_offsets, p.sampling_offsets.dtype, rows * p.points * 2);
-  skip(p.grad_attention_logits, p.attention_logits.dtype, rows * p.points);
-  const DType acc_dtype = p.value_dtype == DType::f64 ? DType::f64 : DType::f32;
-  skip(p.grad_reference_points, acc_dtype, rows * references);
+  const int64_t points = p.queries * p.heads * p.points;
+  const int64_t references = p.queries * p.reference_levels * p.reference_coordinates;
+  const int64_t size = element_size(p.value_dtype);
+  for_each_result(p, skip);
+  skip(p.value, p.spatial_size * p.heads * p.channels * size);
+  skip(p.grad_output, p.queries * p.heads * p.channels * size);
+  skip(p.reference_points.data, references * element_size(p.reference_points.dtype));
+  skip(p.sampling_offsets.data, 2 * points * element_size(p.sampling_offsets.dtype));
+  skip(p.attention_logits.data, points * element_size(p.attention_logits.dtype));
+  p.batch = count;
   return p;
 }
 
@@ -133,12 +130,13 @@ void fused_backward(const BackwardParams& p, const std::vector<Level>& levels) {
 }  // namespace
 
 void backward(const BackwardParams& params) {
-  prefer_huge_pages_for_results(params);
-  const std::vector<Level> levels = read_levels(params);
-  dispatch(params.value_dtype, [&](auto zero) {
+  BackwardParams p = params;
+  for_each_result(p, [&](void* data, int64_t bytes) { prefer_huge_pages(data, p.batch * bytes); });
+  const std::vector<Level> levels = read_levels(p);
+  dispatch(p.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    if (params.fused()) return fused_backward<scalar_t>(params, levels);
-    run_tiles<scalar_t>(params, levels);
+    if (p.fused()) return fused_backward<scalar_t>(p, levels);
+    run_tiles<scalar_t>(p, levels);
   });
 }
 

@@ -195,11 +195,8 @@ MSDA_INLINE void write_operand(void* tensor, DType dtype, const Runs& runs,
                                acc_t<scalar_t>* const (&from)[components]) {
   dispatch_operand<scalar_t>(dtype, [&](auto zero) MSDA_INLINE_LAMBDA {
     auto* to = static_cast<decltype(zero)*>(tensor);
-    if (runs.count == 4) {
-      write_runs(to, runs, 4, space, from);
-    } else {
-      write_runs(to, runs, runs.count, space, from);
-    }
+    with_constant(runs.count, [&](int32_t count)
+                                  MSDA_INLINE_LAMBDA { write_runs(to, runs, count, space, from); });
   });
 }
 

@@ -145,18 +145,26 @@ MSDA_INLINE void read_runs(const stored_t* tensor, const Runs& runs, int32_t cou
   }
 }
 
+// Told the usual number of points, the compiler writes no loop over them: without, backwards of
+// ddetr_encoder_b1 take 1.13 times as long in float32 and 1.25 times in bfloat16.
+template <typename Function>
+MSDA_INLINE void with_constant(int32_t count, const Function& function) {
+  if (count == 4) {
+    function(4);
+  } else {
+    function(count);
+  }
+}
+
 template <typename scalar_t, int32_t components>
 MSDA_INLINE void read_operand(const Operand& operand, const Runs& runs,
                               const Points<acc_t<scalar_t>>& points,
                               acc_t<scalar_t>* const (&to)[components]) {
   dispatch_operand<scalar_t>(operand.dtype, [&](auto zero) MSDA_INLINE_LAMBDA {
     const auto* tensor = static_cast<const decltype(zero)*>(operand.data);
-    // Told the usual number of points, the compiler writes no loop over them.
-    if (runs.count == 4) {
-      read_runs(tensor, runs, 4, points, to);
-    } else {
-      read_runs(tensor, runs, runs.count, points, to);
-    }
+    with_constant(runs.count, [&](int32_t count) MSDA_INLINE_LAMBDA {
+      read_runs(tensor, runs, count, points, to);
+    });
   });
 }
 
