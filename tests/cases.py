@@ -68,6 +68,10 @@ class Case:
 _FEW = Case("few", ((3, 4), (2, 3)), queries=3, channels=130, points=1)
 SMALLEST = [_FEW, replace(_FEW, name="few_nearest", method="nearest")]
 CHANNELS = [1, 3, 8, 16, 24, 30, 32, 64, 71, 128, 256, 1025, 2048]
+# On a GPU, merge_kernel adds the first and the last level's part of value's gradient. A CPU has one
+# strategy for all, which CASES compare.
+COARSE = Case("coarse_levels", ((20, 30), (60, 61), (1, 9)), queries=2100, heads=8, channels=20,
+              points_per_level=(4, 1, 2))  # fmt: skip
 CASES = [
     *(Case(f"channels_{channels}", channels=channels) for channels in CHANNELS),
     Case("pyramid", ((20, 27), (10, 14), (5, 7), (3, 4)), queries=150, heads=8, channels=32),

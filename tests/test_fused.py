@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from cases import (
+    COARSE,
     DTYPES,
     MIXABLE,
     SMALL,
@@ -42,6 +43,22 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_reference(kernel, device, case, dtype, coordinates, reference_levels):
     inputs = make_fused_inputs(case, dtype, device, coordinates, reference_levels)
+    check_against_reference(kernel, inputs)
+
+
+@pytest.mark.parametrize(
+    "dtype, offsets_dtype, coordinates",
+    [
+        (torch.float32, torch.float32, 4),
+        (torch.float16, torch.float32, 2),
+        (torch.bfloat16, torch.bfloat16, 4),
+    ],
+    ids=str,
+)
+def test_coarse_levels(kernel, device, dtype, offsets_dtype, coordinates):
+    if device == "cpu":
+        pytest.skip("a strategy of GPUs")
+    inputs = make_fused_inputs(COARSE, dtype, device, coordinates, sampling_offsets=offsets_dtype)
     check_against_reference(kernel, inputs)
 
 

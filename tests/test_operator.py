@@ -1,9 +1,12 @@
 """Output and gradients against the float64 reference: cases x dtypes x devices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import (
     CASES,
+    COARSE,
     DTYPES,
     MIXABLE,
     SMALL,
@@ -72,6 +75,17 @@ def test_any_mixture_of_dtypes(kernel, device, dtype, locations_dtype, weights_d
     case = Case("mixed", channels=channels)
     inputs = make_inputs(case, dtype, device, locations_dtype, weights_dtype)
     check_against_reference(kernel, inputs)
+
+
+@pytest.mark.parametrize("channels, method", [(20, "bilinear"), (48, "bilinear"), (16, "nearest")])
+@pytest.mark.parametrize(
+    "dtype, locations_dtype", [*zip(MIXABLE, MIXABLE), (torch.float16, torch.float32)], ids=str
+)
+def test_coarse_levels(kernel, device, dtype, locations_dtype, channels, method):
+    if device == "cpu":
+        pytest.skip("a strategy of GPUs")
+    case = replace(COARSE, channels=channels, method=method)
+    check_against_reference(kernel, make_inputs(case, dtype, device, locations_dtype))
 
 
 @pytest.mark.parametrize("dtype", MIXABLE, ids=str)

@@ -388,6 +388,11 @@ std::vector<Problem> make_problems() {
   problems.push_back(
       {1, 1000, 1, 32, {12, 17, 1, 900, 700, 1}, {4, 4, 4}, Method::bilinear, 0, true});
   problems.push_back({1, 2100, 1, 30, {30, 40, 2, 3}, {1, 4}, Method::bilinear, 2, true});
+  // One level for points_kernel between two for merge_kernel.
+  const std::vector<int64_t> shapes = {20, 30, 40, 43, 1, 9};
+  problems.push_back({2, 1100, 8, 20, shapes, {2, 1, 2}, Method::bilinear, 0});
+  problems.push_back({2, 1100, 8, 36, shapes, {2, 1, 2}, Method::bilinear, 4});
+  problems.push_back({2, 1100, 8, 16, shapes, {2, 1, 2}, Method::nearest, 2});
 #endif
   // Levels of 12 * 17 and 4 * 8 pixels, which say that they are others.
   constexpr int64_t kHuge = int64_t(1) << 62, kInt32 = int64_t(1) << 31;

@@ -19,6 +19,10 @@ void launch_convert(const BackwardParams& params, const BackwardPlan& plan, cons
 void plan_points(const BackwardParams& params, BackwardPlan& plan);
 void launch_points(const BackwardParams& params, const BackwardPlan& plan, void* stream);
 
+// backward_merge.cu
+bool can_merge(const BackwardParams& params);
+void launch_merge(const BackwardParams& params, const BackwardPlan& plan, void* stream);
+
 // backward_scatter.cu
 void launch_scatter(const BackwardParams& params, const BackwardPlan& plan, void* stream);
 

@@ -4,7 +4,8 @@
 // points_kernel walks over the points as the forward does. Per point, the dot products of
 // grad_output with value at the four corners give the gradients of its weight and location. With
 // Strategy::direct (kAdd) it also adds grad_output, times attention and corner weight, to
-// grad_value at each corner; this needs no other kernel, but each addition goes to L2 by itself.
+// grad_value at each corner, except on the levels that merge_kernel adds; each addition goes to L2
+// by itself.
 //
 // A fused row has two passes over its points: grad_logit = weight * (grad_weight - sum of weight *
 // grad_weight) needs all of them first, and a reference point's gradient is a sum over points. The
@@ -12,6 +13,7 @@
 #include "deformable_detr/cuda/backward_kernels.h"
 #include "deformable_detr/cuda/launch.cuh"
 #include "deformable_detr/cuda/layout.cuh"
+#include "deformable_detr/cuda/merged_levels.cuh"
 #include "deformable_detr/cuda/softmax.cuh"
 
 namespace ms_deform_attn::cuda {
@@ -130,11 +132,12 @@ __host__ __device__ __forceinline__ bool wants_points(const BackwardParams& p) {
 
 // kSplit groups of kLanes lanes share a row's points. softmaxes: [batch, queries, heads], written
 // in a fused call if another kernel is to sum grad_value, else null. row_gradients: in scratch, or
-// null where they fit into shared memory.
+// null where they fit into shared memory. merges_levels: whether merge_kernel adds some.
 template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, bool kAdd>
 __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     points_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch,
-                  Softmax<acc_t<scalar_t>>* softmaxes, acc_t<scalar_t>* row_gradients) {
+                  Softmax<acc_t<scalar_t>>* softmaxes, acc_t<scalar_t>* row_gradients,
+                  bool merges_levels) {
   using acc = acc_t<scalar_t>;
   using Layout = cuda::Layout<kLanes, kSplit>;
   using Vector = Vec<scalar_t, kVec>;
@@ -142,6 +145,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   using LevelEntry = cuda::LevelEntry<scalar_t, kSource>;
   constexpr int kTeam = Layout::kTeam;
   constexpr bool kFused = kIsFused<kSource>;
+  constexpr bool kMayMerge = kAdd && kSplit == 1;  // see can_merge()
   extern __shared__ __align__(32) char memory[];
   __shared__ int4 offsets[Layout::kSlots];                       // of each corner in value
   __shared__ PerCorner<acc> weights[kAdd ? Layout::kSlots : 1];  // corner weight * attention weight
@@ -176,7 +180,9 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   acc lane_sum = 0;  // of weight * grad_weight, over this lane's points
   if constexpr (kFused) {
     softmax = find_softmax<scalar_t, kTeam>(p, row.index);
-    if (!kAdd && softmaxes && lane == 0 && row.active()) softmaxes[row.index] = softmax;
+    if ((!kAdd || kMayMerge) && softmaxes && lane == 0 && row.active()) {
+      softmaxes[row.index] = softmax;
+    }
     gradients.in_shared = reinterpret_cast<acc*>(levels + p.levels) + threadIdx.x / kTeam;
     if (kVec == 1 && row_gradients) {
       const int64_t block = (row.batch * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -210,7 +216,12 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     if (first + kTeam + lane < row.points) reader.read(p);
     __syncwarp();
     offsets[own_slot] = Indexing::offsets(p, corners.pixel);
+    unsigned adds = ~0u;  // a bit for each point of the stage, from this group's first on
     if constexpr (kAdd) {
+      if (kMayMerge && merges_levels) {
+        const bool merged = has_point && is_merged(p, cursor.level, levels[cursor.level]);
+        adds = __ballot_sync(0xffffffff, !merged) >> (threadIdx.x % 32 - lane + group);
+      }
 #pragma unroll
       for (int j = 0; j < 4; ++j) weights[own_slot].corner[j] = weight * corners.corner_weight(j);
     }
@@ -237,6 +248,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         if (i * kSplit % 4 == 0 && first + i * kSplit >= all_points) break;
         const int slot = first_slot + (i * kSplit + group) * Layout::kPitch;
         const int4 offset4 = offsets[slot];
+        const bool adds_point = has_channel && (adds >> i * kSplit & 1);
         const int32_t offset_of[4] = {offset4.x, offset4.y, offset4.z, offset4.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -256,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
             acc add[kVec];
 #pragma unroll
             for (int c = 0; c < kVec; ++c) add[c] = grad[c] * corner_weight;
-            if (offset_of[j] >= 0 && has_channel) {
+            if (offset_of[j] >= 0 && adds_point) {
               atomic_add<kVec>(Indexing::at(p, grad_value, offset_of[j]), add);
             }
           }
@@ -381,7 +393,7 @@ void with_kernel(const BackwardParams& p, const BackwardPlan& plan, Function&& f
 void plan_points(const BackwardParams& params, BackwardPlan& plan) {
   Scratch& scratch = plan.scratch;
   const bool has_successor =
-      plan.strategy == Strategy::scatter || plan.strategy == Strategy::gather;
+      plan.strategy == Strategy::scatter || plan.strategy == Strategy::gather || plan.merges_levels;
   plan.runs_points_kernel = wants_points(params) || plan.strategy == Strategy::direct ||
                             (params.fused() && has_successor);
   if (!params.fused() || !plan.runs_points_kernel) return;
@@ -413,7 +425,8 @@ void launch_points(const BackwardParams& params, const BackwardPlan& plan, void*
                 const Grid grid{Layout::query_blocks(params), Layout::head_blocks(params), kThreads,
                                 level_bytes + (row_gradients ? 0 : of_block), plan.overlaps_sums};
                 launch(kernel, params, grid, stream,
-                       in_scratch<Softmax<acc>>(params, plan.scratch.softmaxes), row_gradients);
+                       in_scratch<Softmax<acc>>(params, plan.scratch.softmaxes), row_gradients,
+                       plan.merges_levels);
               });
 }
 

@@ -22,8 +22,8 @@ struct Slicing {
 // What a backward keeps in params.scratch, by offsets in bytes.
 struct Scratch {
   static constexpr int64_t kNone = -1;
-  int64_t sums = kNone;           // of grad_value, in float, where that has a half type
-  int64_t softmaxes = kNone;      // [batch, queries, heads]: points_kernel -> scatter, gather
+  int64_t sums = kNone;       // of grad_value, in float, where that has a half type
+  int64_t softmaxes = kNone;  // [batch, queries, heads]: points_kernel -> scatter, gather, merge
   int64_t row_gradients = kNone;  // of each block: points_kernel, if shared memory is full
   int64_t reaches = kNone;        // [batch, heads, levels, chunks]: reach_kernel -> gather
   int64_t bytes = 0;
@@ -38,6 +38,7 @@ struct Scratch {
 struct BackwardPlan {
   Strategy strategy;
   bool runs_points_kernel;
+  bool merges_levels;  // of direct: those with few pixels are left to merge_kernel
   Scratch scratch;
   Slicing slicing;       // of gather
   bool overlaps_points;  // whether gather_kernel may start before points_kernel ends
