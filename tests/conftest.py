@@ -72,12 +72,10 @@ def kernel(request):
     """The kernel, computed by the implementation that the test is for."""
     implementation = getattr(request, "param", "native")
     kernel = implementations.load(implementation, KERNEL)
-    before = os.environ.get("MSDA_TRITON")
-    os.environ["MSDA_TRITON"] = "1" if implementation == "triton" else "0"
-    yield kernel
-    os.environ.pop("MSDA_TRITON")
-    if before is not None:
-        os.environ["MSDA_TRITON"] = before
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("triton", "grid_sample"):  # if neither, embedding_bag on every device
+            environment.setenv(f"MSDA_{name.upper()}", str(int(implementation == name)))
+        yield kernel
 
 
 @pytest.fixture(params=DEVICES)

@@ -1,9 +1,10 @@
 """What the operators are computed by, and which tests each one runs: the only list of them.
 
 * native: the variant that kernels loads. It runs every test.
-* pytorch, triton: the two implementations of torch-universal. Its package is that of the native
-  variants, so they run what depends on the operator itself. On a CPU Triton's kernels run in its
-  interpreter, some seconds a test, and hence the smallest cases alone.
+* embedding_bag, grid_sample, triton: the implementations of torch-universal. Its package is that of
+  the native variants, so they run what depends on the operator itself. grid_sample's coordinates
+  are exact enough on small maps alone. On a CPU Triton's kernels run in its interpreter, some
+  seconds a test, and hence the smallest cases alone.
 """
 
 import fnmatch
@@ -19,9 +20,12 @@ import torch
 _CASES = """channels_1 channels_30 channels_32 channels_1025 encoder one_of_each thin_maps
 twelve_points wide_334 corner_334 edges_334 far_outside d_fine levels_without_points
 listed_but_equal many_unequal nearest nearest_edges nearest_far nearest_d_fine"""
+_SMALL_CASES = """channels_1 channels_30 channels_32 channels_1025 encoder one_of_each thin_maps
+twelve_points far_outside d_fine levels_without_points listed_but_equal many_unequal"""
+_SMALL_FUSED_CASES = "odd_channels thin_maps d_fine levels_without_points"
 _FUSED_CASES = "odd_channels wide thin_maps d_fine levels_without_points nearest_d_fine"
 UNIVERSAL = {
-    "pytorch": {
+    "embedding_bag": {
         "test_operator::test_matches_reference": {"case": _CASES.split()},
         "test_operator::test_any_mixture_of_dtypes": {"channels": ["30"]},
         "test_operator::test_float64_goes_with_float64_alone": {},
@@ -45,10 +49,41 @@ UNIVERSAL = {
         "test_contract::test_gradients_*": {},
         "test_contract::test_levels_that_overlap": {"dtype": ["torch.float32"]},
         "test_contract::test_levels_in_any_order": {},
+        "test_contract::test_levels_may_change_in_place": {},
         "test_bad_input::test_wrong_call": {},
         "test_determinism::test_gradients_repeat_bit_for_bit": {"dtype": ["torch.float16"]},
         "test_compile::test_fullgraph_training_step": {"mode": ["default"]},
         "test_compile::test_opcheck*": {"dtype": ["torch.float32"]},
+    },
+    "grid_sample": {
+        "test_operator::test_matches_reference": {"case": _SMALL_CASES.split()},
+        "test_operator::test_as_exact_as_eager_on_large_maps": {},
+        "test_operator::test_any_mixture_of_dtypes": {"channels": ["30"]},
+        # Its sums are in no fixed order on a GPU.
+        "test_operator::test_gradcheck": {"device": ["cpu"]},
+        "test_operator::test_backward_function_equals_autograd": {},
+        "test_operator::test_one_input_at_a_time_may_require_grad": {},
+        "test_fused::test_matches_reference": {
+            "case": _SMALL_FUSED_CASES.split(),
+            # bfloat16 puts many points at pixel centres, and a rounding them on the wrong side.
+            "dtype": ["torch.float64", "torch.float32", "torch.float16"],
+        },
+        "test_fused::test_gradcheck": {"points_per_level": ["(3, 1)"], "device": ["cpu"]},
+        "test_fused::test_one_input_at_a_time_may_require_grad": {},
+        "test_fused::test_any_layout": {},
+        "test_fused::test_points_nowhere_contribute_nothing": {},
+        "test_fused::test_softmax_of_large_logits": {},
+        "test_contract::test_int32_level_metadata": {},
+        "test_contract::test_any_layout": {},
+        "test_contract::test_points_nowhere_contribute_nothing": {},
+        "test_contract::test_pixels_that_are_not_sampled_do_not_matter": {},
+        "test_contract::test_a_pixel_influences_*": {},
+        "test_contract::test_levels_in_any_order": {},
+        "test_contract::test_levels_may_change_in_place": {},
+        "test_determinism::test_gradients_repeat_bit_for_bit": {"dtype": ["torch.float16"]},
+        "test_transforms::test_autograd": {},
+        "test_transforms::test_activation_checkpointing": {},
+        "test_compile::test_fullgraph_training_step": {"mode": ["default"]},
     },
     "triton": {
         "test_operator::test_matches_reference": {
@@ -79,7 +114,7 @@ if INTERPRETED:
 def _rules(implementation: str) -> dict:
     """A GPU runs Triton's kernels compiled, and so as many tests as the other implementation."""
     compiled = implementation == "triton" and not INTERPRETED
-    return UNIVERSAL["pytorch" if compiled else implementation]
+    return UNIVERSAL["embedding_bag" if compiled else implementation]
 
 
 def of_test(module: str, function: str) -> "list[str]":

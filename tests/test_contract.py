@@ -333,3 +333,17 @@ def test_levels_in_any_order(kernel, device):
     kernel.ms_deform_attn(*turned.require_grad().args).sum().backward()
     kernel.ms_deform_attn(*inputs.args).sum().backward()
     assert relative_error(turned.value.grad.roll(63, 1), inputs.value.grad.double()) < 1e-6
+
+
+def test_levels_may_change_in_place(kernel, device):
+    """A later call sees them, whatever was read for an earlier one."""
+    inputs = make_inputs(SMALL, torch.float32, device)
+    kernel.ms_deform_attn(*inputs.args)
+    inputs.spatial_shapes.copy_(inputs.spatial_shapes.flip(1))
+    output = kernel.ms_deform_attn(*inputs.args)
+    assert_close(output, reference_of(kernel, inputs), "of other shapes")
+    with torch.inference_mode():  # whose tensors do not count their versions
+        turned = make_inputs(SMALL, torch.float32, device)
+        kernel.ms_deform_attn(*turned.args)
+        turned.spatial_shapes.copy_(inputs.spatial_shapes)
+        assert torch.equal(kernel.ms_deform_attn(*turned.args), output)

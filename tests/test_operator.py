@@ -59,6 +59,39 @@ def test_matches_reference(kernel, device, case, dtype):
     check_against_reference(kernel, make_inputs(case, dtype, device), case_of_centres)
 
 
+def eager(value, shapes, locations, weights):
+    """As models compute it: grid_sample on each level."""
+    batch, _, heads, channels = value.shape
+    samples = []
+    for level, (height, width) in enumerate(shapes):
+        start = sum(h * w for h, w in shapes[:level])
+        image = value[:, start : start + height * width].permute(0, 2, 3, 1)
+        image = image.reshape(batch * heads, channels, height, width)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
+        samples.append(torch.nn.functional.grid_sample(image, grid, align_corners=False))
+    weights = weights.flatten(3).transpose(1, 2).flatten(0, 1)[:, None]
+    output = (torch.cat(samples, -1) * weights).sum(-1)
+    return output.view(batch, heads * channels, -1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", ["wide_334", "corner_334", "pyramid"])
+def test_as_exact_as_eager_on_large_maps(kernel, device, name):
+    """An error of grid_sample's coordinates is as large as a pixel's number is, in 2^-24ths."""
+    case = next(case for case in CASES if case.name == name)
+    inputs = make_inputs(case, torch.float32, device).require_grad()
+    double = inputs.double().require_grad()
+
+    def with_gradients(output, inputs):
+        grads = torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output)
+        return [output.detach(), *grads]
+
+    expected = with_gradients(kernel.reference.ms_deform_attn(*double.args), double)
+    actual = with_gradients(kernel.ms_deform_attn(*inputs.args), inputs)
+    of_eager = eager(inputs.value, case.shapes, inputs.sampling_locations, inputs.attention_weights)
+    for ours, theirs, exact in zip(actual, with_gradients(of_eager, inputs), expected):
+        assert relative_error(ours, exact) <= max(1.1 * relative_error(theirs, exact), 1e-6)
+
+
 @pytest.mark.kernels_ci
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_reference_on_a_pyramid(kernel, device, dtype):

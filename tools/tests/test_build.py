@@ -154,7 +154,7 @@ def test_the_id_is_that_of_the_inputs(backend: str, checkout: builder.Kernel) ->
     (checkout.root / "torch-ext" / KERNEL.package / "_ops.py").write_text("# generated\n")
     ids = {KERNEL.id(backend, "variant", []), checkout.id(backend, "variant", [])}
     assert len(ids) == 1
-    universal = f"universal/torch-ext/{KERNEL.package}/universal/pytorch.py"
+    universal = f"universal/torch-ext/{KERNEL.package}/universal/embedding_bag.py"
     edited = {"deformable_detr/bilinear.h": backend != builder.UNIVERSAL, LAYERS: True}
     for name, is_input in (edited | {universal: backend == builder.UNIVERSAL}).items():
         edit(checkout.root, name)

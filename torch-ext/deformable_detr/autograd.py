@@ -14,7 +14,7 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-from . import portable, private
+from . import native, portable, private
 from .operations import Forward, Operation, Options, Tensors, eager_function
 
 
@@ -100,7 +100,8 @@ def gradients(
     """The gradient of each input of a call, or None where it is not needed.
 
     Args:
-        ctx: has the call's tensors saved, and its operation and options in ``call``.
+        ctx: has the call's tensors saved, then those it kept for this, and its operation and
+            options in ``call``.
         grad_outputs: one for each result.
         first: the position of the first tensor among the inputs.
     """
@@ -110,7 +111,11 @@ def gradients(
     if isinstance(operation, Forward):
         backward, positions = operation.backward, operation.differentiable
         wanted = backward.request(needs[first:], torch.are_deterministic_algorithms_enabled())
-        found = call(backward, (*ctx.saved_tensors, *grad_outputs), (*options, *wanted))
+        saved, count = ctx.saved_tensors, len(operation.tensors)  # checkpoint lets it be read once
+        tensors, kept = saved[:count], saved[count:]
+        # Under vmap the backward op gets the inputs of many problems.
+        with native.given(() if private.transforms_active() else kept):
+            found = call(backward, (*tensors, *grad_outputs), (*options, *wanted))
     else:
         positions = [position for position in operation.differentiable if needs[first + position]]
         function, inputs = eager_function(operation, ctx.saved_tensors, options, positions)
@@ -128,9 +133,13 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Tuple[Any, Options], *tensors: torch.Tensor) -> Any:
         ctx.call = operation, options = call
-        ctx.save_for_backward(*tensors)
         with private.below_autograd():
-            return operation.op(*tensors, *options)
+            if not isinstance(operation, Forward):
+                ctx.save_for_backward(*tensors)
+                return operation.op(*tensors, *options)
+            output, kept = native.keeping(operation.op, (*tensors, *options))
+        ctx.save_for_backward(*tensors, *kept)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:

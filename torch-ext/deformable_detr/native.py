@@ -8,11 +8,12 @@ commit, and two of uncommitted changes share it. Python and torch would go on wi
 first, silently: here that is refused.
 """
 
+import contextlib
 import filecmp
 import sys
 import warnings
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Any, ContextManager, Dict, Optional, Sequence, Tuple
 
 import torch
 
@@ -99,5 +100,17 @@ _BUILD = _use_loaded_ops()
 
 from ._ops import add_op_namespace_prefix, ops  # noqa: E402, F401
 
+
+def keeping(op: Any, arguments: Sequence[Any]) -> Tuple[Any, Sequence[torch.Tensor]]:
+    """The result of a forward op, and tensors that its backward op is to be ``given``: none."""
+    return op(*arguments), ()
+
+
+def given(kept: Sequence[torch.Tensor]) -> ContextManager[None]:
+    return contextlib.nullcontext()
+
+
 if not hasattr(ops, "ms_deform_attn_forward"):
-    from . import universal  # type: ignore[attr-defined]  # noqa: F401
+    from . import universal  # type: ignore[attr-defined]
+
+    keeping, given = universal.keeping, universal.given

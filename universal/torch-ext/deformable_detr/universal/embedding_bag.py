@@ -1,4 +1,4 @@
-"""The operators and their gradients in PyTorch's own, for any device.
+"""The operators and their gradients by ``embedding_bag``, for any device.
 
 An output is a weighted sum of rows of value, which is what ``embedding_bag`` computes: each (batch,
 query, head) is a bag, with an entry for each corner of each of its points. A corner outside its map
@@ -119,7 +119,7 @@ class Points:
         self.inputs = inputs
         has_float64 = inputs.value.device.type in ("cpu", "cuda")
         dtype = torch.float64 if has_float64 else torch.float32
-        self.sizes = _spread(_sizes(inputs).to(dtype), inputs.counts)
+        self.sizes = spread(_sizes(inputs).to(dtype), inputs.counts)
         coordinates = _points_last(inputs.coordinates, dtype)
         if inputs.reference_points is None:
             self.weights = inputs.weights.to(inputs.acc_dtype)
@@ -128,10 +128,10 @@ class Points:
         self.weights = inputs.weights.softmax(-1, dtype=inputs.acc_dtype)
         references = _points_last(inputs.reference_points, dtype)
         references = references.expand(-1, -1, -1, len(inputs.counts))
-        references = _spread(references, inputs.counts).unsqueeze(2)
+        references = spread(references, inputs.counts).unsqueeze(2)
         if references.shape[3] == 4:
             # How far a reference box of size one moves a point whose offset is one, in pixels.
-            self.reach = self.sizes * _box_fractions(inputs, self.sizes)
+            self.reach = self.sizes * box_fractions(inputs, self.sizes)
             self.boxes = references[..., 2:, :] * self.reach
             coordinates *= self.boxes
         self.pixels = coordinates.add_((references[..., :2, :] * self.sizes).sub_(0.5))
@@ -194,7 +194,7 @@ class Corners:
             steps = torch.arange(count, dtype=dtype, device=device) * step
             return steps.view([-1 if i == dim else 1 for i in range(4)])
 
-        starts = _spread(inputs.level_start_index.to(dtype), inputs.counts) * heads
+        starts = spread(inputs.level_start_index.to(dtype), inputs.counts) * heads
         starts = starts + (steps(batch, pixels * heads, 0) + steps(heads, 1, 2))
         sizes = points.sizes.to(dtype)
         width = sizes[0]
@@ -262,7 +262,7 @@ def _sizes(inputs: Inputs) -> torch.Tensor:
     return sizes * ((starts >= 0) & (starts.long() + sizes.prod(0) <= pixels))
 
 
-def _spread(tensor: torch.Tensor, counts: List[int]) -> torch.Tensor:
+def spread(tensor: torch.Tensor, counts: List[int]) -> torch.Tensor:
     """(..., levels) to (..., points): without asking the device how many each level has."""
     if len(set(counts)) == 1:
         return tensor.unsqueeze(-1).expand(*tensor.shape, counts[0]).flatten(-2)
@@ -270,7 +270,7 @@ def _spread(tensor: torch.Tensor, counts: List[int]) -> torch.Tensor:
     return torch.cat([x.expand(*x.shape[:-1], n) for x, n in zip(pieces, counts)], -1)
 
 
-def _box_fractions(inputs: Inputs, like: torch.Tensor):
+def box_fractions(inputs: Inputs, like: torch.Tensor):
     """offset_scale / points of the level, for each point."""
     fractions = [inputs.offset_scale / max(count, 1) for count in inputs.counts]
     if len(set(fractions)) == 1:
