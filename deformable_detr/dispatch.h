@@ -3,7 +3,8 @@
 // A scalar_t is how a tensor is stored, acc_t<scalar_t> how it is computed with: coordinates,
 // weights and sums are fp32 for the half types. To add a dtype, add it to each function here, to
 // value_dtype() in inputs.cpp (which PyTorch dtypes are taken), to the conversions in cpu/vector.h
-// and cuda/vec.cuh (how vectors of it become acc_t), and to tests/cases.py.
+// and cuda/vec.cuh (how vectors of it become acc_t), and to tests/cases.py. Where is_half() is
+// asked for a threshold or a copy of the sums, see whether the new dtype belongs there.
 #pragma once
 
 #include <cstdint>

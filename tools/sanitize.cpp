@@ -453,7 +453,8 @@ std::vector<Problem> make_problems() {
 }  // namespace
 }  // namespace ms_deform_attn
 
-// Arguments `part parts` choose every parts-th problem from the part-th on, for one of several processes.
+// Arguments `part parts` choose every parts-th problem from the part-th on, for one of several
+// processes.
 int main(int argc, char** argv) {
   using namespace ms_deform_attn;
   const size_t part = argc > 2 ? std::atoi(argv[1]) : 0, parts = argc > 2 ? std::atoi(argv[2]) : 1;

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <utility>
 
 #include "deformable_detr/ops.h"
 #include "registration.h"
@@ -28,16 +29,16 @@ std::tuple<Tensor, Tensor, Tensor> plain_backward(
     const Tensor& sampling_locations, const Tensor& attention_weights, const Tensor& grad_output,
     const PointsPerLevel& points_per_level, bool nearest, bool deterministic, bool value_needs_grad,
     bool points_need_grad) {
-  const Gradients grads = backward({.value = value,
-                                    .spatial_shapes = spatial_shapes,
-                                    .level_start_index = level_start_index,
-                                    .coordinates = {"sampling_locations", sampling_locations},
-                                    .weights = {"attention_weights", attention_weights},
-                                    .points_per_level = points_per_level,
-                                    .nearest = nearest,
-                                    .grad_output = grad_output},
-                                   deterministic, {value_needs_grad, points_need_grad});
-  return {grads.value, grads.coordinates, grads.weights};
+  Gradients grads = backward({.value = value,
+                              .spatial_shapes = spatial_shapes,
+                              .level_start_index = level_start_index,
+                              .coordinates = {"sampling_locations", sampling_locations},
+                              .weights = {"attention_weights", attention_weights},
+                              .points_per_level = points_per_level,
+                              .nearest = nearest,
+                              .grad_output = grad_output},
+                             deterministic, {value_needs_grad, points_need_grad});
+  return {std::move(grads.value), std::move(grads.coordinates), std::move(grads.weights)};
 }
 
 Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
@@ -61,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
     const Tensor& grad_output, const PointsPerLevel& points_per_level, bool nearest,
     double offset_scale, bool reference_needs_grad, bool deterministic, bool value_needs_grad,
     bool points_need_grad) {
-  const Gradients grads =
+  Gradients grads =
       backward({.value = value,
                 .spatial_shapes = spatial_shapes,
                 .level_start_index = level_start_index,
@@ -73,7 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
                 .offset_scale = offset_scale,
                 .grad_output = grad_output},
                deterministic, {value_needs_grad, points_need_grad, reference_needs_grad});
-  return {grads.value, grads.reference_points, grads.coordinates, grads.weights};
+  return {std::move(grads.value), std::move(grads.reference_points), std::move(grads.coordinates),
+          std::move(grads.weights)};
 }
 
 }  // namespace
@@ -113,6 +115,7 @@ static void implement(auto& ops) {
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CPU, ops) { implement(ops); }
 
+// kernel-builder defines CUDA_KERNEL here, and USE_CUDA where the kernels are compiled.
 #if defined(CUDA_KERNEL)
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) { implement(ops); }
 #endif

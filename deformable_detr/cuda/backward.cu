@@ -24,7 +24,9 @@ namespace {
 
 Strategy choose_strategy(const BackwardParams& p) {
   if (!p.grad_value) return Strategy::none;
-  // float64 is for checking gradients, which must repeat. No other kernel is compiled for it.
+  // float64 is for checking gradients, which must repeat. No other kernel that sums grad_value is
+  // compiled for it: scatter would need 55 KB of static shared memory, and sums are cleared as
+  // float.
   if (p.deterministic || p.value_dtype == DType::f64) return Strategy::gather;
   if (queries_are_pixels(p)) return Strategy::scatter;
   // Where a level has few points and value many elements, clearing grad_value (and a float copy of

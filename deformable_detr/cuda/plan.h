@@ -7,7 +7,8 @@
 namespace ms_deform_attn::cuda {
 
 // How grad_value is summed: not at all, if nobody asked for it. backward.cu says which one is for
-// what, and why.
+// what, and why. A new one is added to choose_strategy(), adds() and backward() there, and to
+// plan_points(), if a kernel after points_kernel reads its softmaxes.
 enum class Strategy : int8_t { none, direct, scatter, gather };
 
 // How gather cuts the levels. backward_slices.cuh tells what these are for.

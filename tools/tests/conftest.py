@@ -21,6 +21,10 @@ KERNEL = builder.Kernel.open(ROOT)
 BACKENDS = [*KERNEL.backends, builder.UNIVERSAL]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: what make test leaves to make test-all")
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> builder.Kernel:
     """What is built, tested and published. Ninja knows by the times of files what changed."""

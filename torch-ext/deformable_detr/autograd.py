@@ -111,11 +111,14 @@ def gradients(
     if isinstance(operation, Forward):
         backward, positions = operation.backward, operation.differentiable
         wanted = backward.request(needs[first:], torch.are_deterministic_algorithms_enabled())
-        saved, count = ctx.saved_tensors, len(operation.tensors)  # checkpoint lets it be read once
-        tensors, kept = saved[:count], saved[count:]
-        # Under vmap the backward op gets the inputs of many problems.
-        with native.given(() if private.transforms_active() else kept):
-            found = call(backward, (*tensors, *grad_outputs), (*options, *wanted))
+        saved = ctx.saved_tensors  # checkpoint lets it be read once
+        if native.given is None:
+            found = call(backward, (*saved, *grad_outputs), (*options, *wanted))
+        else:
+            count = len(operation.tensors)
+            # Under vmap the backward op gets the inputs of many problems: what was kept is of one.
+            with native.given(() if private.transforms_active() else saved[count:]):
+                found = call(backward, (*saved[:count], *grad_outputs), (*options, *wanted))
     else:
         positions = [position for position in operation.differentiable if needs[first + position]]
         function, inputs = eager_function(operation, ctx.saved_tensors, options, positions)
@@ -134,7 +137,7 @@ class Recorded(torch.autograd.Function):
     def forward(ctx: Any, call: Tuple[Any, Options], *tensors: torch.Tensor) -> Any:
         ctx.call = operation, options = call
         with private.below_autograd():
-            if not isinstance(operation, Forward):
+            if native.keeping is None or not isinstance(operation, Forward):
                 ctx.save_for_backward(*tensors)
                 return operation.op(*tensors, *options)
             output, kept = native.keeping(operation.op, (*tensors, *options))

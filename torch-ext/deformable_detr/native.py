@@ -8,12 +8,11 @@ commit, and two of uncommitted changes share it. Python and torch would go on wi
 first, silently: here that is refused.
 """
 
-import contextlib
 import filecmp
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, ContextManager, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Optional, Sequence, Tuple
 
 import torch
 
@@ -100,15 +99,10 @@ _BUILD = _use_loaded_ops()
 
 from ._ops import add_op_namespace_prefix, ops  # noqa: E402, F401
 
-
-def keeping(op: Any, arguments: Sequence[Any]) -> Tuple[Any, Sequence[torch.Tensor]]:
-    """The result of a forward op, and tensors that its backward op is to be ``given``: none."""
-    return op(*arguments), ()
-
-
-def given(kept: Sequence[torch.Tensor]) -> ContextManager[None]:
-    return contextlib.nullcontext()
-
+# Only the universal build has them: keeping(op, arguments) is the op's result and tensors to save
+# for its backward op, which runs under given(those tensors).
+keeping: Optional[Callable[..., Tuple[Any, Sequence[torch.Tensor]]]] = None
+given: Optional[Callable[[Sequence[torch.Tensor]], ContextManager[None]]] = None
 
 if not hasattr(ops, "ms_deform_attn_forward"):
     from . import universal  # type: ignore[attr-defined]
