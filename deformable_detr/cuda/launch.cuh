@@ -121,7 +121,9 @@ void launch(void (*kernel)(ParamsType, int64_t, Arguments...), const ParamsType&
 
 // On sm_90 a kernel whose grid overlaps the previous one may start while that still runs
 // (programmatic dependent launch). The previous one says from where on; the kernel itself has
-// to wait before it ends, so that whatever follows it in the stream also follows both.
+// to wait before it ends, so that whatever follows it in the stream also follows both. Worth
+// (H100): with sums cleared and converted so, rfdetr_decoder_b8 backward fp16 takes 61.5 instead
+// of 64.7 us.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
