@@ -22,7 +22,8 @@
 namespace ms_deform_attn::cuda {
 namespace {
 
-Strategy choose_strategy(const BackwardParams& p) {
+// merges_levels: set for Strategy::direct, see BackwardPlan.
+Strategy choose_strategy(const BackwardParams& p, bool& merges_levels) {
   if (!p.grad_value) return Strategy::none;
   // float64 is for checking gradients, which must repeat. No other kernel that sums grad_value is
   // compiled for it: scatter would need 55 KB of static shared memory, and sums are cleared as
@@ -34,14 +35,14 @@ Strategy choose_strategy(const BackwardParams& p) {
   // block holds 4096 points.
   const int64_t elements = p.batch * p.spatial_size * p.heads * p.channels;
   const int64_t points = max_level_points(p);
+  const bool half = is_half(p.value_dtype);
   const bool gather =
-      is_half(p.value_dtype)
-          ? points <= 4096 && elements >= (points <= 2048 ? 1 << 22 : 1 << 23)
-          : points >= 1024 && points <= 4096 && elements >= (points <= 2048 ? 1 << 24 : 1 << 23);
-  // Adding to floats is faster yet where most points are merged: hub_b8_q900 197 to 157 us. In a
+      half ? points <= 4096 && elements >= (points <= 2048 ? 1 << 22 : 1 << 23)
+           : points >= 1024 && points <= 4096 && elements >= (points <= 2048 ? 1 << 24 : 1 << 23);
+  // Adding to floats is faster yet where most points are merged: hub_b8_q900 197 to 158 us. In a
   // half type it is not, as sums are cleared and converted (142 to 170).
-  const bool merges = !is_half(p.value_dtype) && can_merge(p);
-  return gather && !merges ? Strategy::gather : Strategy::direct;
+  merges_levels = !(gather && half) && can_merge(p);
+  return gather && !merges_levels ? Strategy::gather : Strategy::direct;
 }
 
 bool adds(Strategy strategy) {
@@ -52,9 +53,8 @@ bool adds(Strategy strategy) {
 
 BackwardPlan plan_backward(const BackwardParams& params) {
   BackwardPlan plan{};
-  plan.strategy = choose_strategy(params);
+  plan.strategy = choose_strategy(params, plan.merges_levels);
   if (adds(plan.strategy)) plan_sums(params, plan);
-  if (plan.strategy == Strategy::direct) plan.merges_levels = can_merge(params);
   plan_points(params, plan);
   if (plan.strategy == Strategy::gather) plan_gather(params, plan);
   return plan;

@@ -4,9 +4,9 @@
 // A coarse level has as many points as a fine one, so that many fall on the same pixels. A block
 // sorts up to 4096 points of a level by cell (the four pixels around a point), and adds up in
 // registers what falls into the same cell before it adds that to grad_value; what a cell has for
-// its eastern pixels is taken on to the next cell of the row. Sums are in any order.
+// its eastern pixels is taken on to the next cell of the row. The order of additions varies.
 // merged_levels.cuh tells which levels these are. On an H100 it takes bevformer_sca (fp16) from
-// 2430 to 1590 us.
+// 2431 to 1599 us.
 #include "deformable_detr/cuda/backward_kernels.h"
 #include "deformable_detr/cuda/block_scan.cuh"
 #include "deformable_detr/cuda/launch.cuh"
@@ -36,7 +36,7 @@ constexpr int32_t kPlace = (1 << kPlaceBits) - 1;
 constexpr int32_t kWest = 5 << kPlaceBits, kEast = 10 << kPlaceBits;  // nw and sw, ne and se
 static_assert(kMergePoints <= kPlace + 1);
 
-// With place 0; or kOutside.
+// The point's entry with place 0, or kOutside if none of its corners is in the map.
 __device__ __forceinline__ int32_t find_entry(const Corners<float>& corners, const Level& level) {
   int32_t number = kOutside, inside = 0;
 #pragma unroll
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
                                   ? share * int64_t(queries_of_share(p, level_index))
                                   : p.queries;
   if (first_query >= p.queries) {
-    wait_for_previous_kernel();  // as whoever waits for this kernel expects
+    wait_for_previous_kernel();  // the next kernel relies on it: see let_next_kernel_start
     return;
   }
   const int32_t n_queries =
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     sorted.weights[entries[i] & kPlace] = weights;
     sorted.entries[entries[i] & kPlace] = (entries[i] & ~kPlace) | query;
   });
-  // Up to a multiple of kAhead there are points with no corner inside.
+  // Pads the points to a multiple of kAhead with points that have no corner inside.
   if (threadIdx.x < kAhead) {
     sorted.weights[total + threadIdx.x] = {};
     sorted.entries[total + threadIdx.x] = 0;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
   // ------------------------------------------------------------------- added
   const int32_t own_channel = channel_block * kTeamChannels + threadIdx.x % kLanes * kVec;
   const bool has_channel = own_channel < p.channels;
-  const int32_t channel = has_channel ? own_channel : 0;  // reads some, but adds nothing
+  const int32_t channel = has_channel ? own_channel : 0;  // loads, but adds nothing
   const int32_t cell_mask = has_channel ? ~kPlace : ~kPlace & ~(kWest | kEast);
   const scalar_t* grad_output = opaque(static_cast<const scalar_t*>(p.grad_output) +
                                        (first_row * p.heads + head) * p.channels + channel);
