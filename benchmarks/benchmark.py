@@ -78,6 +78,13 @@ WORKLOADS = {
 }
 
 
+def for_points_of(workload: Workload, function: Callable[..., torch.Tensor]) -> Callable:
+    """The function of tensors alone: told the points of each level, where these differ in them."""
+    if isinstance(workload.points, int):
+        return function
+    return partial(function, points_per_level=list(workload.points))
+
+
 class Inputs(NamedTuple):
     """The operator's arguments, in their order. See ``ms_deform_attn`` for the shapes."""
 
@@ -130,7 +137,9 @@ def make_inputs(
         locations = torch.rand(*sampled, 2, generator=generator)
     else:
         if workload.locations == "encoder":
-            reference, spread = _pixel_centres(workload.shapes)[None], 1.0
+            across = [[(torch.arange(side) + 0.5) / side for side in x] for x in workload.shapes]
+            centres = torch.cat([torch.cartesian_prod(*sides).flip(1) for sides in across])
+            reference, spread = centres[None], 1.0
         else:
             reference, spread = 0.05 + 0.9 * torch.rand(batch, queries, 2, generator=generator), 3.0
         point = torch.cat([torch.arange(count) for count in workload.points_per_level])
@@ -150,16 +159,6 @@ def make_inputs(
         (pixels.cumsum(0) - pixels).to(device),
         locations.to(device, dtype),
         weights.to(device, dtype),
-    )
-
-
-def _pixel_centres(shapes: Sequence[Tuple[int, int]]) -> torch.Tensor:
-    """(sum(h*w), 2): the (x, y) of every pixel's centre, as a fraction of its level's size."""
-    return torch.cat(
-        [
-            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(1)
-            for h, w in shapes
-        ]
     )
 
 
@@ -209,14 +208,8 @@ class Forward(Benchmark):
     def prepare(self, workload: Workload) -> None:
         self.workload = workload
         self.inputs = make_inputs(workload, self.dtype, self.device)
-        self.operator = self._told_the_points(self.kernel.ms_deform_attn)
-        self.reference = self._told_the_points(self.kernel.reference.ms_deform_attn)
-
-    def _told_the_points(self, function: Callable[..., torch.Tensor]) -> Callable:
-        """The function of the five tensors alone."""
-        if isinstance(self.workload.points, int):
-            return function
-        return partial(function, points_per_level=list(self.workload.points))
+        self.operator = for_points_of(workload, self.kernel.ms_deform_attn)
+        self.reference = for_points_of(workload, self.kernel.reference.ms_deform_attn)
 
     def run(self) -> None:
         self.out = self.operator(*self.inputs)

@@ -1,5 +1,6 @@
 """Is the answer right? Every result is compared with float64 before its time counts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,15 +16,23 @@ from .operators import Forward, Operator, Tensors
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 8e-3}
 # A location's gradient jumps where it crosses a pixel, and rounding puts a few on the other side,
 # where the derivative is as sound.
-LOCATION_TOLERANCES = {**TOLERANCES, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+_OF_LOCATIONS = {**TOLERANCES, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 
 # What a check samples at most on a CPU (in interpolated channels); a GPU checks every query.
 CPU_LIMIT = 2**22
 CHUNK = 2**25  # what is computed at a time
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
+def tolerance_of(tensor: str, dtype: torch.dtype) -> float:
+    """By the name that it has in records."""
+    is_location = tensor.startswith(("grad_sampling", "grad_reference"))
+    return (_OF_LOCATIONS if is_location else TOLERANCES)[dtype]
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """The relative error, and the largest absolute difference."""
+    difference = actual.double() - expected
+    return float(difference.norm() / expected.norm()), float(difference.abs().max())
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,13 @@ class Verdict:
     tolerances: dict[str, float]
     absmax: float  # largest absolute difference of all tensors
     queries: int  # how many were checked
+    not_finite: Sequence[str] = ()  # what else, of a whole model, has a NaN or an inf
 
     @property
     def ok(self) -> bool:
         # Written so that a NaN is not ok.
-        return all(self.errors[name] <= self.tolerances[name] for name in self.errors)
+        right = all(self.errors[name] <= self.tolerances[name] for name in self.errors)
+        return right and not self.not_finite
 
     def worse(self, other: "Verdict") -> "Verdict":
         """Of two answers of the same kind the larger errors; a NaN is larger than any number."""
@@ -46,15 +57,17 @@ class Verdict:
         *larger, absmax = np.maximum(*errors).tolist()
         return Verdict(dict(zip(names, larger)), self.tolerances, absmax, self.queries)
 
-    def as_record(self) -> dict:
-        """The ``corr`` field of a record."""
-        return {
+    def as_results(self) -> dict:
+        """The fields of a record."""
+        corr = {
             "ok": self.ok,
             "ref": "float64",
             "queries": self.queries,
             "error": self.errors,
             "tolerance": self.tolerances,
+            "not_finite": self.not_finite,
         }
+        return {"ok": self.ok, "absmax": self.absmax, "corr": corr, "err": None}
 
 
 class Expected:
@@ -121,8 +134,7 @@ class Expected:
                 raise ValueError(
                     f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
                 )
-            errors[name] = relative_error(actual, expected)
-            is_location = name.startswith(("grad_sampling", "grad_reference"))
-            tolerances[name] = (LOCATION_TOLERANCES if is_location else TOLERANCES)[actual.dtype]
-            absmax = max(absmax, float((actual.double() - expected).abs().max()))
+            errors[name], largest = distance(actual, expected)
+            absmax = max(absmax, largest)
+            tolerances[name] = tolerance_of(name, actual.dtype)
         return Verdict(errors, tolerances, absmax, len(self.queries))

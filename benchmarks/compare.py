@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .implementations import OURS
-from .records import case_of, command, is_absent, latest, read, show
+from .records import case_of, command, is_absent, read, show
 
 CONFIDENCE = 0.95
 
@@ -58,7 +58,7 @@ def compare(
     Raises:
         ValueError: there is nothing to compare.
     """
-    old, new = ({(r["impl"], case_of(r)): r for r in latest(file)} for file in (before, after))
+    old, new = ({(r["impl"], case_of(r)): r for r in file} for file in (before, after))
     found = []
     for (name, case), record in new.items():
         keys = [(name, case), *([(unit, case)] if unit else [])]
@@ -79,9 +79,8 @@ def compare(
 
 def build_table(comparisons: list, threshold: float, unit: str | None) -> Table:
     of = f"times over {unit}'s" if unit else "times"
-    table = Table(
-        title=f"after over before, of {of}; slower: above {threshold:g} with {CONFIDENCE:.0%}"
-    )
+    title = f"after over before, of {of}; slower: above {threshold:g} with {CONFIDENCE:.0%}"
+    table = Table(title=title)
     for column in ("workload", "dtype", "pass", "implementation", "ratio", "interval", "verdict"):
         table.add_column(column, no_wrap=True)
     for case, name, ratio, verdict in comparisons:

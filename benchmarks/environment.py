@@ -43,26 +43,18 @@ def machine(records: list[dict]) -> str:
     # What it may go up to: a GPU that has nothing to do yet, as when it is asked, goes slower.
     details += [f"SM clock up to {smi['clocks.max.sm']}"] if "clocks.max.sm" in smi else []
     details += [f"copies at {env['copy_gb_per_s']:.0f} GB/s"] if "copy_gb_per_s" in env else []
-    name = env["gpu"] or env.get("cpu") or env["plat"]
-    about = [f"{name} ({', '.join(details)})" if details else name]
-    about += [f"{env['threads']} threads"] if not env["gpu"] and "threads" in env else []
+    about = [f"{device_name(env)} ({', '.join(details)})" if details else device_name(env)]
+    about += [] if env["gpu"] else [f"{env['threads']} threads"]
     about += [f"{n} {env[n]}" for n in ("torch", "transformers", "triton", "commit") if n in env]
     dates = sorted({record["ts"][:10] for record in records})
     return ", ".join([*about, dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"])
 
 
-def slug(env: dict) -> str:
-    """The device's name as part of a file name, such as ``nvidia-h200``."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(env).lower()).strip("-")
-
-
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if match:
-            return match[1]
-    return platform.processor() or platform.machine()
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def _nvidia_smi(gpu: str) -> dict[str, str]:

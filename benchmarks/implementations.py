@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from .benchmark import Inputs, Workload
-from .operators import Implementation, Operator, for_points_of, get_project_kernel
+from .benchmark import Inputs, Workload, for_points_of
+from .operators import Implementation, Operator, get_project_kernel
 from .peers import PEERS
 
 
@@ -122,6 +122,7 @@ def _load_fused(workload: Workload) -> Operator:
     """From reference points, offsets and logits, which a model's linear layers give."""
     counts = torch.tensor(workload.points_per_level)
     sizes = torch.tensor(workload.shapes).flip(1).repeat_interleave(counts, 0)  # of each point
+    names = "grad_value grad_reference_points grad_sampling_offsets grad_attention_logits".split()
     kernel = get_project_kernel()
 
     def arrange(inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -137,12 +138,7 @@ def _load_fused(workload: Workload) -> Operator:
         for_points_of(workload, kernel.fused_ms_deform_attn),
         arrange=arrange,
         reference=for_points_of(workload, kernel.reference.fused_ms_deform_attn),
-        names=(
-            "grad_value",
-            "grad_reference_points",
-            "grad_sampling_offsets",
-            "grad_attention_logits",
-        ),
+        names=names,
     )
 
 
@@ -151,19 +147,16 @@ KERNEL = "deformable_detr"
 FUSED = "deformable_detr_fused"
 OURS = (KERNEL, FUSED)
 
+_EAGER = {"family": "pytorch", "backend": "eager"}
+_COMPILED = {"family": "pytorch", "backend": "compiled"}
+_NATIVE = {"family": "hf-kernels", "backend": "native"}
 IMPLEMENTATIONS = {
     BASELINE: Implementation(
-        {"family": "pytorch", "backend": "eager"},
-        lambda workload: Operator(for_points_of(workload, seed_eager)),
+        _EAGER, lambda workload: Operator(for_points_of(workload, seed_eager))
     ),
-    "grid_sample": Implementation(
-        {"family": "pytorch", "backend": "eager"},
-        lambda workload: Operator(_grid_sample_of(workload)),
-    ),
-    "grid_sample_compiled": Implementation(
-        {"family": "pytorch", "backend": "compiled"}, _load_grid_sample_compiled
-    ),
-    KERNEL: Implementation({"family": "hf-kernels", "backend": "native"}, _load_kernel),
-    FUSED: Implementation({"family": "hf-kernels", "backend": "native"}, _load_fused),
+    "grid_sample": Implementation(_EAGER, lambda workload: Operator(_grid_sample_of(workload))),
+    "grid_sample_compiled": Implementation(_COMPILED, _load_grid_sample_compiled),
+    KERNEL: Implementation(_NATIVE, _load_kernel),
+    FUSED: Implementation(_NATIVE, _load_fused),
     **PEERS,
 }

@@ -5,12 +5,11 @@ another order, in one process, so that all share what a machine does beside, its
 memory. ``ratio`` is what that is for: the time of an implementation's baseline (transformers
 without this kernel, compiled if it is) over its own, round by round, and its quartiles.
 
-A record is of one model, batch size, dtype, mode and implementation, in the fields of the suite's
-(see suite.py): ``lat_ms`` is the wall time of a whole forward or training step (forward, loss,
-backward, optimizer); ``peak_bytes`` all that model and step had allocated on the GPU;
-``corr`` the sampling operator's errors against float64 inside the model, and ``not_finite`` names
-results with a NaN: those make a model wrong. A record has a time only if the operator ran as often
-as the model has attentions, on the implementation named.
+A record has the fields of the suite's (see suite.py): ``lat_ms`` is the wall time of a whole
+forward or training step (forward, loss, backward, optimizer); ``peak_bytes`` all that model and
+step had allocated on the GPU; ``corr`` the sampling operator's errors against float64 inside the
+model, and ``not_finite`` names results with a NaN: those make a model wrong. There is a time only
+if the operator ran as often as the model has attentions, on the implementation named.
 
 Configurations are transformers' defaults, weights are random: no network is needed. Batch norms are
 given the statistics of a first image, without which half types overflow; sampling offsets are
@@ -24,8 +23,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial, reduce
 from itertools import product
 from unittest import mock
 
@@ -36,14 +35,13 @@ from tqdm import tqdm
 
 from . import environment
 from .benchmark import of_queries
-from .checks import TOLERANCES, relative_error
+from .checks import TOLERANCES, Verdict, distance
 from .implementations import FUSED, KERNEL
 from .operators import get_project_kernel
-from .records import Results, add_names, add_run, command, failed, recorder
+from .records import Results, add_names, add_number, add_run, command, failed, recorder
 from .render import build_table
 from .suite import DTYPES, free_memory
 from .timing import Effort, summarize, timed_call
-from .workloads import select
 
 LAYER = "MultiScaleDeformableAttention"
 KEPT_AS = "ms_deformable_attn_core"  # an attribute in which instances keep a function
@@ -109,7 +107,6 @@ IMPLEMENTATIONS = {
     for compiled in (False, True)
     for operator in (EAGER, FUSED, KERNEL)
 }
-OURS = [name for name, item in IMPLEMENTATIONS.items() if item.ours]
 
 
 @dataclass(frozen=True)
@@ -123,15 +120,8 @@ class Case:
 
     def as_workload(self) -> dict:
         """The record's ``wl``, with the names that records of the suite have for the same."""
-        height, width = MODELS[self.model].image
-        return {
-            "name": f"{self.model}_b{self.batch}",
-            "model": self.model,
-            "batch": self.batch,
-            "image": [height, width],
-            "dtype": self.dtype,
-            "pass": self.mode,
-        }
+        name = f"{self.model}_b{self.batch}"
+        return {"name": name, "dtype": self.dtype, "pass": self.mode}
 
 
 @cache
@@ -189,9 +179,7 @@ def make_inputs(case: Case, device: torch.device) -> dict:
     centres = 0.2 + 0.6 * torch.rand(case.batch, BOXES, 2, generator=generator)
     sizes = 0.05 + 0.3 * torch.rand(case.batch, BOXES, 2, generator=generator)
     boxes = torch.cat((centres, sizes), -1).to(device)
-    inputs["labels"] = [
-        {"class_labels": labels, "boxes": box} for labels, box in zip(classes, boxes)
-    ]
+    inputs["labels"] = [{"class_labels": x, "boxes": box} for x, box in zip(classes, boxes)]
     return inputs
 
 
@@ -212,9 +200,8 @@ def make_step(case: Case, forward: Callable, model: nn.Module, inputs: dict) -> 
 
     dtype, master_dtype = DTYPES[case.dtype]
     autocast = dtype != master_dtype
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
 
     def train():
@@ -265,9 +252,7 @@ class Observer:
     """Compares every call of the sampling operator in a model with float64."""
 
     def __init__(self):
-        self.calls = 0
-        self.error = 0.0  # the largest of all calls
-        self.tolerance = 0.0
+        self.verdicts: list[Verdict] = []  # of the calls
 
     @contextmanager
     def watch(self, case: Case, model: nn.Module, fused: bool) -> Iterator[None]:
@@ -306,27 +291,15 @@ class Observer:
     @torch.no_grad()
     def _compare(self, reference: Callable, output: torch.Tensor, *arguments, **options) -> None:
         """``arguments``: value, shapes and starts, and then tensors with queries."""
-        self.calls += 1
-        self.tolerance = max(self.tolerance, TOLERANCES[arguments[0].dtype])
+        tolerance = TOLERANCES[arguments[0].dtype]
         count = output.shape[1]
         some = torch.linspace(0, count - 1, min(count, CHECKED_QUERIES), device=output.device)
         some = some.round().long()
         arguments = of_queries(arguments, some)
         doubled = [x.double() if x.is_floating_point() else x for x in arguments]
-        error = relative_error(output[:, some], reference(*doubled, **options))
-        # Written so that a NaN stays.
-        self.error = error if not error <= self.error else self.error
-
-    def as_record(self) -> dict:
-        """The ``corr`` field of a record."""
-        return {
-            "ok": self.error <= self.tolerance,
-            "ref": "float64",
-            "queries": CHECKED_QUERIES,
-            "calls": self.calls,
-            "error": {"operator": self.error},
-            "tolerance": {"operator": self.tolerance},
-        }
+        error, absmax = distance(output[:, some], reference(*doubled, **options))
+        verdict = Verdict({"operator": error}, {"operator": tolerance}, absmax, len(some))
+        self.verdicts.append(verdict)
 
 
 def _observed(owner, name: str, observe: Callable) -> AbstractContextManager:
@@ -369,11 +342,9 @@ class Subject:
                 if "transformers." in layer.forward.__module__:
                     raise RuntimeError(f"{case.model} keeps transformers' layer")
             self._step()
-        if observer.calls != MODELS[case.model].attentions:
-            raise RuntimeError(
-                f"the operator was called {observer.calls} times, expected "
-                f"{MODELS[case.model].attentions}"
-            )
+        calls, expected = len(observer.verdicts), MODELS[case.model].attentions
+        if calls != expected:
+            raise RuntimeError(f"the operator was called {calls} times, expected {expected}")
         if implementation.compiled:
             compiler = Compiler(graphs=case.mode == "inference")
             # Implementations and what follows breaks of a graph share a limit.
@@ -382,7 +353,8 @@ class Subject:
             self._step = make_step(case, forward, model, inputs)
         with self._context():
             outputs, self.first_ms = timed_call(self._step, device)
-        wrong = not_finite(model, outputs)
+        worst = reduce(Verdict.worse, observer.verdicts)
+        self.verdict = replace(worst, not_finite=not_finite(model, outputs))
         del outputs
         if implementation.compiled and bool(compiler.calls) != implementation.ours:
             raise RuntimeError(f"{compiler.calls} calls of {KERNEL} were compiled")
@@ -393,8 +365,6 @@ class Subject:
             torch.cuda.reset_peak_memory_stats(device)
             self.time()
         self.peak_bytes = torch.cuda.max_memory_allocated(device) - allocated if on_gpu else None
-        self.corr = observer.as_record() | {"not_finite": wrong}
-        self.corr["ok"] &= not wrong
 
     def time(self) -> float:
         """The milliseconds of a step."""
@@ -436,10 +406,7 @@ def measure(case: Case, names: list[str], device: torch.device, effort: Effort) 
             "ratio": _ratio(name, {name: times[name] for name in subjects}),
             "compile_ms": subject.first_ms,
             "peak_bytes": subject.peak_bytes,
-            "ok": subject.corr["ok"],
-            "absmax": None,
-            "corr": subject.corr,
-            "err": None,
+            **subject.verdict.as_results(),
         }
     return results
 
@@ -476,28 +443,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the cases; the exit status is 1 if a model on this project's kernel failed."""
     parser = command("models", __doc__)
     on_gpu = torch.cuda.is_available()
-    known = {"models": MODELS, "impls": IMPLEMENTATIONS, "dtypes": MODEL_DTYPES, "modes": MODES}
-    defaults = {"models": ["deformable_detr", "rt_detr", "mask2former"], "impls": [EAGER, FUSED]}
-    defaults |= {"dtypes": MODEL_DTYPES if on_gpu else ["float32"], "modes": ["inference"]}
-    for name, default in defaults.items():
-        add_names(parser, f"--{name}", known[name], " ".join(default))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
+    add_names(parser, "--models", MODELS, ["deformable_detr", "rt_detr", "mask2former"])
+    add_names(parser, "--impls", IMPLEMENTATIONS, [EAGER, FUSED])
+    add_names(parser, "--dtypes", MODEL_DTYPES, MODEL_DTYPES if on_gpu else ["float32"])
+    add_names(parser, "--modes", MODES, ["inference"])
+    add_number(parser, "--batches", "images in a step", nargs="+", default=[1])
     add_run(parser, "rounds of steps; default: of 2 seconds each row")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    try:
-        models, implementations, dtypes, modes = (
-            select(getattr(options, name) or default, list(known[name]))
-            for name, default in defaults.items()
-        )
-        results = Results.open(options.out, "-models", device, options.resume)
-    except ValueError as error:
-        parser.error(str(error))
+    results = Results(options, "-models")
     cases = [
         # Half types train under autocast.
         Case(m, batch, f"{d}_autocast" if mode == "training" and d != "float32" else d, mode)
-        for m, batch, mode, d in product(models, options.batches, modes, dtypes)
+        for m, batch, mode, d in product(
+            options.models, options.batches, options.modes, options.dtypes
+        )
     ]
     effort = Effort(options.reps, budget_ms=2000, min_reps=10 if on_gpu else 3, max_reps=30)
-    records = run(cases, implementations, device, effort, results)
-    return results.collect(records, build_table, lambda r: r["impl"] in OURS)
+    records = run(cases, options.impls, options.device, effort, results)
+    return results.collect(records, build_table)

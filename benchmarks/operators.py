@@ -1,6 +1,5 @@
 """The form that everything compared is brought into."""
 
-import inspect
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from kernels import get_kernel
 
-from .benchmark import Inputs, Workload
+from .benchmark import Inputs, Workload, for_points_of
 
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = re.search(r'^repo-id = "(.+)"', (ROOT / "build.toml").read_text(), re.M)[1]
@@ -49,13 +48,11 @@ class Operator(NamedTuple):
         autograd the forward happens here, once, and its graph is kept.
         """
         if self.backward is not None:
-            return lambda grad_output: self.backward(*arguments, grad_output)
+            return partial(self.backward, *arguments)
         arguments = [x.detach().requires_grad_(x.is_floating_point()) for x in arguments]
         leaves = [x for x in arguments if x.requires_grad]
         output = self.forward(*arguments)
-        return lambda grad_output: torch.autograd.grad(
-            output, leaves, grad_output, retain_graph=True
-        )
+        return partial(torch.autograd.grad, output, leaves, retain_graph=True)
 
 
 @dataclass(frozen=True)
@@ -79,16 +76,3 @@ def get_project_kernel() -> ModuleType:
 def plain_reference(workload: Workload) -> Forward:
     """The eager definition of the operator."""
     return for_points_of(workload, get_project_kernel().reference.ms_deform_attn)
-
-
-def for_points_of(workload: Workload, function: Callable) -> Callable:
-    """``function``, told the points of each level where the workload's levels differ in them.
-
-    Raises:
-        Unsupported: they do, and the function has no argument for it.
-    """
-    if isinstance(workload.points, int):
-        return function
-    if "points_per_level" not in inspect.signature(function).parameters:
-        raise Unsupported(f"points is {workload.points}, expected one number for all levels")
-    return partial(function, points_per_level=list(workload.points))

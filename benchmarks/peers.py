@@ -52,10 +52,6 @@ def _load_community(kernel, workload: Workload) -> Operator:
     )
 
 
-def _load_mmcv(function, workload: Workload) -> Operator:
-    return Operator(lambda *tensors: function.apply(*tensors, IM2COL_STEP), None, _WITHOUT_BFLOAT16)
-
-
 def _load_msda_triton(function, workload: Workload) -> Operator:
     def forward(value, spatial_shapes, level_start_index, locations, weights):
         return function(value, spatial_shapes, locations, weights, "zeros", False).flatten(2)
@@ -114,7 +110,6 @@ def _load_dcnv4(function, workload: Workload) -> Operator:
 
 
 _DEFORMOPS = partial(_peer, "deformops", "triton", "deformops.registry")
-_MMCV = "mmcv.ops.multi_scale_deform_attn:MultiScaleDeformableAttnFunction"
 # Not the package's own entry: that falls back to grid_sample without a word.
 _MSDA_TRITON = "msda_triton.frontend:triton_multiscale_deformable_attention"
 _LIBREYOLO = "libreyolo.kernels.attention.ms_deform_attn_triton:triton_ms_deform_attn"
@@ -123,7 +118,6 @@ PEERS = {
     "kernels_community": _peer(
         "hf-kernels", "native", lambda: get_kernel(COMMUNITY, version=1), _load_community
     ),
-    "mmcv": _peer("mmcv", "native", _MMCV, _load_mmcv),
     "dcnv4_flash": _peer("dcnv4", "native", "DCNv4.functions:FlashDeformAttnFunction", _load_dcnv4),
     "torch_ms_deform_attn": _peer(
         *("torch-ms-deform-attn", "native", "torch_ms_deform_attn:ms_deform_attn"),

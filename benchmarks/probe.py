@@ -5,13 +5,13 @@ ceiling: the loads of the forward kernel without its arithmetic (gather.cu), in 
 arrangements tried here. The backward reads each corner's row and adds to the same row of
 grad_value, so its ceiling is two forward ceilings.
 
-    python -m benchmarks.probe 9.0     # compiles gather.cu, for a machine without nvcc
+    python -c 'from benchmarks import probe; probe.build("9.0")'    # for a machine without nvcc
 """
 
 import ctypes
 import hashlib
+import math
 import statistics
-import sys
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -25,8 +25,6 @@ from .timing import Effort, in_turn, time_device
 
 SOURCE = Path(__file__).parent / "gather.cu"
 COPY_BYTES = 2**29
-SPLITS = (1, 4)  # groups of lanes that share the points of a row
-MOST_SPLIT_VECTORS = 8  # a row of more vectors of 16 bytes has one group
 STRIP = 4  # rows of a level, in ``strips``
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # in dispatch.h's order
 
@@ -36,14 +34,10 @@ def traffic_bytes(inputs: Inputs, pass_name: str) -> int:
 
     The backward's inputs are the forward's and grad_output, its results three gradients.
     """
-    batch, queries, heads = inputs.sampling_locations.shape[:3]
-    channels = inputs.value.shape[-1]
-    output_bytes = batch * queries * heads * channels * inputs.value.element_size()
-    inputs_bytes = sum(tensor.nbytes for tensor in inputs)
-    if pass_name == "forward":
-        return inputs_bytes + output_bytes
-    gradients = (inputs.value, inputs.sampling_locations, inputs.attention_weights)
-    return inputs_bytes + output_bytes + sum(tensor.nbytes for tensor in gradients)
+    value, _, _, locations, weights = inputs
+    output_bytes = math.prod(locations.shape[:3]) * _row_bytes(inputs)
+    gradients = (value, locations, weights) if pass_name == "backward" else ()
+    return output_bytes + sum(tensor.nbytes for tensor in (*inputs, *gradients))
 
 
 def copy_rate(device: torch.device) -> float:
@@ -87,11 +81,7 @@ def build(arch: str) -> Path:
 
 @cache
 def load(device: torch.device) -> ctypes.CDLL:
-    """The compiled probe for a GPU.
-
-    Raises:
-        tools.build.BuildError: as for ``build``.
-    """
+    """The compiled probe for a GPU, or what ``build`` raises."""
     major, minor = torch.cuda.get_device_capability(device)
     library = ctypes.CDLL(str(build(f"{major}.{minor}")))
     library.msda_gather.restype = ctypes.c_char_p
@@ -116,7 +106,7 @@ def gather(
     Args:
         inputs: on a GPU, contiguous, with int64 level metadata.
         output: (batch, queries, heads, channels) in the dtype of ``inputs.value``.
-        split: one of ``SPLITS``.
+        split: one of ``splits``.
         order: (queries,), int32; a block serves queries that follow each other in it.
 
     Raises:
@@ -138,6 +128,11 @@ def gather(
     )
     if error is not None:
         raise RuntimeError(f"{SOURCE.name}: {error.decode()}")
+
+
+def splits(inputs: Inputs) -> tuple[int, ...]:
+    """How many groups of lanes may share the points of a row: of a wide one, one group."""
+    return (1, 4) if _row_bytes(inputs) <= 128 else (1,)
 
 
 def _row_bytes(inputs: Inputs) -> int:
@@ -166,21 +161,13 @@ def gather_ms(sets: list[Inputs], workload: Workload, effort: Effort) -> float:
     """
     value = sets[0].value
     output = value.new_empty(workload.batch, workload.queries, *value.shape[2:])
-    splits = SPLITS if _row_bytes(sets[0]) <= 16 * MOST_SPLIT_VECTORS else SPLITS[:1]
     orders = [None]
     if workload.locations == "encoder":
         orders.append(strips(workload.shapes).to(value.device))
     medians = []
-    for split, order in product(splits, orders):
+    for split, order in product(splits(sets[0]), orders):
         arguments = (workload.points_per_level, output, split, order)
         call = in_turn([partial(gather, inputs, *arguments) for inputs in sets])
         call()  # the first launch loads the kernel
         medians.append(statistics.median(time_device(call, value.device, effort)))
     return min(medians)
-
-
-if __name__ == "__main__":
-    try:
-        print(build(sys.argv[-1]).relative_to(builder.ROOT))
-    except builder.BuildError as error:
-        sys.exit(f"error: {error}")

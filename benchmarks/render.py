@@ -19,19 +19,20 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import torch
 from rich.table import Table
 from rich.text import Text
 
-from .checks import LOCATION_TOLERANCES, TOLERANCES
+from .benchmark import WORKLOADS
+from .checks import tolerance_of
 from .environment import machine
 from .implementations import BASELINE, FUSED, KERNEL
 from .operators import ROOT
 from .records import RESULTS, by_case, command, error_of, is_absent, latest, publish, read, show
+from .suite import PASSES
 from .timing import format_ms, format_us
-from .workloads import WORKLOADS
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-PASSES = ("forward", "backward")
 COMMUNITY, EAGER, COMPILED = "kernels_community", "grid_sample", "grid_sample_compiled"
 FIVE = "seed_b2_q300 ddetr_encoder_b4 ddetr_decoder_b4 mask2former_b2 rtdetr_decoder_b16".split()
 # Of whole models, in the order of columns and bars; of several that a case has, the first.
@@ -107,7 +108,7 @@ def build_table(records: list[dict]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("error", overflow="fold")
     for case, by_name in by_case(records).items():
-        baseline = [by_name[n] for n in (BASELINE, "eager", "torch_eager") if n in by_name]
+        baseline = [by_name[n] for n in (BASELINE, "eager") if n in by_name]
         names = case
         table.add_section()
         for name, record in by_name.items():
@@ -148,8 +149,8 @@ def of(name: str, show: Callable[[dict | None], str] = time_of) -> Callable[[dic
     return lambda by_name: show(by_name.get(name))
 
 
-def draw(name: str, records: list[dict]) -> None:
-    """One of ``CHARTS`` in both themes, with what ``digest`` says of its records."""
+def draw(name: str, chart: Callable[[list[dict]], object], records: list[dict]) -> None:
+    """A picture in both themes, with what ``digest`` says of its records."""
     from matplotlib import pyplot
 
     for theme, (ink, grid, ground) in THEMES.items():
@@ -164,7 +165,7 @@ def draw(name: str, records: list[dict]) -> None:
             "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica", "sans-serif"],
         }
         with pyplot.rc_context(style):
-            figure = CHARTS[name](records)
+            figure = chart(records)
             options = {"metadata": {"Date": None, "Description": digest(records)}}
             figure.savefig(PICTURES / f"{name}-{theme}.svg", bbox_inches="tight", **options)
             pyplot.close(figure)
@@ -286,9 +287,6 @@ def models_chart(records: list[dict]):
     return figure
 
 
-CHARTS = {"operator": operator_chart, "limits": limits_chart, "models": models_chart}
-
-
 @cache
 def newest(kind: str, on_gpu: bool = True) -> list[dict]:
     """The records of the newest file of a kind, those of the operator by workload."""
@@ -407,6 +405,7 @@ def cpu() -> list[str]:
 def accuracy() -> list[str]:
     """The largest error of each implementation, dtype and device; bold if beyond rounding."""
     tensors = ("output", "grad_value", "grad_sampling_locations", "grad_attention_weights")
+    tensors += ("grad_reference_points",)
     dtypes = [*DTYPES, "float64"]
     worst: dict[tuple, dict[str, float]] = {}
     for record in read(sorted(RESULTS.glob("*-accuracy.jsonl"))):
@@ -421,18 +420,19 @@ def accuracy() -> list[str]:
     lines[0] += ["of locations or offsets", "of weights or logits", "of reference points"]
     for (_, dtype, name, device), errors in sorted(worst.items()):
         lines.append([name, dtypes[dtype], device])
-        for tensor in (*tensors, "grad_reference_points"):
-            limits = TOLERANCES if tensor in tensors[:2] + tensors[3:] else LOCATION_TOLERANCES
-            limit = {str(x): limit for x, limit in limits.items()}[f"torch.{dtypes[dtype]}"]
-            text = f"{errors[tensor]:.1e}" if tensor in errors else "-"
-            lines[-1].append(text if text == "-" or errors[tensor] <= limit else f"**{text}**")
+        for tensor in tensors:
+            error = errors.get(tensor, 0.0)
+            right = error <= tolerance_of(tensor, getattr(torch, dtypes[dtype]))
+            text = f"{error:.1e}" if right else f"**{error:.1e}**"
+            lines[-1].append(text if tensor in errors else "-")
     return markdown(lines)
 
 
 BLOCKS = {f.__name__: f for f in (claim, operator, workloads, peers, models, cpu, accuracy)}
-# What each picture is of.
-PICTURED = {"operator": beside_peers, "limits": lambda: newest("operator")}
-PICTURED["models"] = lambda: newest("models")
+# How each picture is drawn, and what it is of.
+PICTURED = {"operator": (operator_chart, beside_peers)}
+PICTURED["limits"] = (limits_chart, partial(newest, "operator"))
+PICTURED["models"] = (models_chart, partial(newest, "models"))
 
 
 def _filled(text: str) -> list[str]:
@@ -472,16 +472,16 @@ def update(check: bool) -> list[str]:
         stale += difflib.unified_diff(*lines, title, f"{title} as of its results", "", "", 0, "")
         if after != before and not check:
             page.write_text(after, encoding="utf-8")
-    for name, records in PICTURED.items():
+    for name, (chart, records) in PICTURED.items():
         files = [PICTURES / f"{name}-{theme}.svg" for theme in THEMES]
         if not all(f.exists() and digest(records()) in f.read_text("utf-8") for f in files):
             stale.append(f"{name}-*.svg are not of their records")
             if not check:
-                draw(name, records())
+                draw(name, chart, records())
     return stale
 
 
-def main(arguments: list[str], name: str) -> int:
+def main(name: str, arguments: list[str]) -> int:
     """The two commands; see the module."""
     parser = command(name, __doc__)
     if name == "report":

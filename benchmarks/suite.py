@@ -4,18 +4,18 @@ A record has the fields of the kernels-benchmarks project's JSON lines, so that 
 side by side. ``wl`` adds ``dtype`` and ``pass``; ``corr`` holds relative errors against float64;
 ``lat_ms`` is kept for a wrong answer too, but ``ok`` is false. On a GPU ``floor_ms`` and
 ``ceiling_ms`` are what probe.py measures with the same inputs in the same run: the ceiling is that
-of this kernel's access pattern. Elsewhere, and for latency, they are null.
+of this kernel's access pattern.
 
-The calls that are timed take several sets of inputs in turn (``lat_ms`` says how many: ``sets``),
-drawn from the same distribution with other seeds. Each set's result is checked before, and
-``corr`` has the largest errors of all.
+The calls that are timed take several sets of inputs in turn (``lat_ms`` says how many: ``sets``).
+Each set's result is checked before, and ``corr`` has the largest errors of all.
 """
 
+import argparse
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property, partial, reduce
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial, reduce
 from itertools import product
 from typing import NamedTuple
 
@@ -25,13 +25,12 @@ from tqdm import tqdm
 from tools.build import BuildError
 
 from . import environment, probe
-from .benchmark import Inputs, Workload
+from .benchmark import WORKLOADS, Inputs, Workload, make_grad_output, make_inputs
 from .checks import Expected, Verdict
 from .implementations import IMPLEMENTATIONS
-from .operators import Operator, plain_reference
+from .operators import Forward, Operator, Tensors, plain_reference
 from .records import Results, failed, recorder
-from .timing import Effort, in_turn, summarize, time_device, time_latency, timed_call, warm_up
-from .workloads import WORKLOADS, Draw, draw_sets
+from .timing import Effort, in_turn, summarize, time_calls, time_device, timed_call
 
 # Of values, and of locations and weights: under autocast only value is half.
 DTYPES = {
@@ -39,25 +38,11 @@ DTYPES = {
     "float16_autocast": (torch.float16, torch.float32),
     "bfloat16_autocast": (torch.bfloat16, torch.float32),
 }
-PASSES = ("forward", "backward", "latency")  # latency: of a forward, launch and wait included
-NO_LIMITS = {"floor_ms": None, "ceiling_ms": None}
+PASSES = ("forward", "backward")
 # A CPU's call that reads more inputs than this leaves nothing of them in its caches for the next:
 # there, one set does.
 CPU_CACHE_BYTES = 2**25
 KEPT_SHARE = 1 / 3  # of a GPU's memory, that the graphs of all sets may take
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure, by name, on which device and how long."""
-
-    workloads: list[str]
-    implementations: list[str]
-    dtypes: list[str]
-    passes: list[str]
-    device: torch.device
-    effort: Effort
-    sets: int = 1  # of inputs, at most
 
 
 class Limits:
@@ -67,16 +52,17 @@ class Limits:
         self.effort = effort
         self.bytes_per_ms = probe.copy_rate(device)  # read and written
 
-    def floor_ms(self, inputs: Inputs, pass_name: str) -> float:
-        return probe.traffic_bytes(inputs, pass_name) / self.bytes_per_ms
-
-    def gather_ms(self, sets: list[Inputs], workload: Workload) -> float | None:
+    def of(self, workload: Workload, sets: list[Inputs]) -> dict[str, dict[str, float | None]]:
+        """The floor and the ceiling of each pass; of these sets, taken in turn."""
         try:
-            return probe.gather_ms(sets, workload, self.effort)
+            gather_ms = probe.gather_ms(sets, workload, self.effort)
+            ceilings = {"forward": gather_ms, "backward": 2 * gather_ms}
         # The kernel's own figures are worth having without it.
         except (BuildError, OSError, RuntimeError) as error:
             tqdm.write(f"no ceiling: {error}")
-            return None
+            ceilings = dict.fromkeys(PASSES)
+        floors = {name: probe.traffic_bytes(sets[0], name) / self.bytes_per_ms for name in PASSES}
+        return {x: {"floor_ms": floors[x], "ceiling_ms": ceilings[x]} for x in PASSES}
 
 
 class Calls(NamedTuple):
@@ -90,19 +76,24 @@ class Calls(NamedTuple):
 class InputSet:
     """One set of inputs in its dtype, and what should come out."""
 
-    def __init__(self, workload: Workload, draw: Draw):
+    def __init__(self, workload: Workload, inputs: Inputs, grad_output: torch.Tensor, dtype: str):
+        value_dtype, other_dtype = DTYPES[dtype]
+        value, shapes, starts, *others = inputs
+        others = [tensor.to(other_dtype) for tensor in others]
         self.workload = workload
-        self.inputs, self.grad_output = draw
-        self.expected = Expected(workload, plain_reference(workload), *draw)
-        self._other = self.expected
+        self.inputs = Inputs(value.to(value_dtype), shapes, starts, *others)
+        self.grad_output = grad_output.to(value_dtype)
+        self.expected = self._other = self._expect(plain_reference(workload), self.inputs)
+
+    def _expect(self, reference: Forward, arguments: Tensors) -> Expected:
+        return Expected(self.workload, reference, arguments, self.grad_output)
 
     def expected_of(self, operator: Operator) -> Expected:
         """That of the plain operator is kept, and one other."""
         if operator.reference is None:
             return self.expected
         if self._other.reference is not operator.reference:
-            arguments = operator.arrange(self.inputs)
-            self._other = Expected(self.workload, operator.reference, arguments, self.grad_output)
+            self._other = self._expect(operator.reference, operator.arrange(self.inputs))
         return self._other
 
     def prepare(self, pass_name: str, operator: Operator) -> Calls:
@@ -117,72 +108,75 @@ class InputSet:
         return Calls(forward, forward, expected.check_output)
 
 
+def draw_sets(workload: Workload, device: torch.device, count: int) -> list[tuple]:
+    """``count`` sets of inputs in float32, each with the gradient of its output."""
+
+    def draw(index: int) -> tuple[Inputs, torch.Tensor]:
+        # Inputs of the first set are drawn with seed 0, its gradient with 1.
+        options = (workload, torch.float32, device)
+        return make_inputs(*options, 2 * index), make_grad_output(*options, 2 * index + 1)
+
+    with ThreadPoolExecutor() as threads:  # the generators are what takes long, a thread each
+        return list(threads.map(draw, range(count)))
+
+
 class Case:
     """One workload in one dtype: its inputs and what should come out.
 
     Args:
-        draws: of the workload, on the device; on a CPU not all of them may be taken.
+        draws: of the workload; on a CPU not all of them may be taken.
     """
 
-    def __init__(self, workload: str, dtype: str, draws: list[Draw], limits: Limits | None = None):
-        self.workload = WORKLOADS[workload]
-        self.device = draws[0].grad_output.device
-        self.limits = limits
-        self.sets = [InputSet(self.workload, draws[0].cast(*DTYPES[dtype]))]
+    def __init__(
+        self, workload: Workload, dtype: str, draws: list[tuple], limits: Limits | None = None
+    ):
+        self.device = draws[0][1].device
+        self.sets = [InputSet(workload, *draws[0], dtype)]
         self.inputs_bytes = sum(tensor.nbytes for tensor in self.sets[0].inputs)
         if self.device.type != "cpu" or self.inputs_bytes <= CPU_CACHE_BYTES:
-            self.sets += [InputSet(self.workload, d.cast(*DTYPES[dtype])) for d in draws[1:]]
-
-    def bounds(self, pass_name: str) -> dict[str, float | None]:
-        """The floor and the ceiling of a pass; None where they are not known."""
-        if self.limits is None or pass_name == "latency":
-            return NO_LIMITS
-        floor_ms = self.limits.floor_ms(self.sets[0].inputs, pass_name)
-        gathers = 2 if pass_name == "backward" else 1
-        return {"floor_ms": floor_ms, "ceiling_ms": self._gather_ms and gathers * self._gather_ms}
-
-    @cached_property
-    def _gather_ms(self) -> float | None:
-        return self.limits.gather_ms([each.inputs for each in self.sets], self.workload)
+            self.sets += [InputSet(workload, *draw, dtype) for draw in draws[1:]]
+        sets = [each.inputs for each in self.sets]
+        self.bounds = limits.of(workload, sets) if limits else dict.fromkeys(PASSES, {})
 
 
-def run(plan: Plan, results: Results) -> Iterator[dict]:
+def run(options: argparse.Namespace, effort: Effort, results: Results) -> Iterator[dict]:
     """Yields a record for every combination that ``results`` does not have yet.
 
-    What fails is recorded and survived. An implementation that is not there has one record, whose
-    workload, dtype and pass are "all".
+    What fails is recorded and survived.
+
+    Args:
+        options: the names of workloads, impls, dtypes and passes; the device; and how many sets of
+            inputs there are, at most.
     """
-    env = environment.describe(plan.device)
+    env = environment.describe(options.device)
     limits = None
-    if plan.device.type == "cuda":
-        limits = Limits(plan.device, plan.effort)
+    if options.device.type == "cuda":
+        limits = Limits(options.device, effort)
         env["copy_gb_per_s"] = limits.bytes_per_ms / 1e6
     record = recorder(env)
     present = []
-    for name in plan.implementations:
+    for name in options.impls:
         try:
             IMPLEMENTATIONS[name].find()
             present.append(name)
         except Exception as error:  # whatever importing a foreign package may raise
-            every = dict.fromkeys(("name", "dtype", "pass"), "all")
-            if not results.has(name, every, env):
-                absent = {**failed(error, "Unavailable"), **NO_LIMITS}
-                yield record(name, IMPLEMENTATIONS[name].tags, every, absent)
-    total = len(plan.workloads) * len(plan.dtypes) * len(present) * len(plan.passes)
+            tqdm.write(f"{name} is not here: {error}")
+    rows = [*product(present, options.passes)]
+    total = len(options.workloads) * len(options.dtypes) * len(rows)
     with tqdm(total=total, unit="row", dynamic_ncols=True) as progress:
-        for workload in plan.workloads:
+        for workload in options.workloads:
             # Inputs are drawn once, and an implementation is loaded once for each dtype (it may
             # compile), but late: what fails there is to be recorded, too.
-            draw = cache(partial(draw_sets, workload, plan.device, plan.sets))
             sizes = WORKLOADS[workload]
-            for dtype in plan.dtypes:
-                prepare = cache(lambda w=workload, d=dtype, draw=draw: Case(w, d, draw(), limits))
+            draw = cache(partial(draw_sets, sizes, options.device, options.sets))
+            for dtype in options.dtypes:
+                prepare = cache(lambda s=sizes, d=dtype, draw=draw: Case(s, d, draw(), limits))
                 loads = {n: cache(partial(IMPLEMENTATIONS[n].load, sizes)) for n in present}
-                for name, pass_name in product(present, plan.passes):
+                for name, pass_name in rows:
                     progress.set_description(f"{workload} {dtype} {pass_name}: {name}")
                     case = {"name": workload, **sizes._asdict(), "dtype": dtype, "pass": pass_name}
                     if not results.has(name, case, env):
-                        found = _measure_or_explain(prepare, loads[name], pass_name, plan.effort)
+                        found = _measure_or_explain(prepare, loads[name], pass_name, effort)
                         yield record(name, IMPLEMENTATIONS[name].tags, case, found)
                     progress.update()
                 del prepare
@@ -198,7 +192,7 @@ def _measure_or_explain(
     except Exception as error:
         # The traceback's frames would keep the failed call's tensors, out of memory or not.
         traceback.clear_frames(error.__traceback__)
-        results = {**failed(error), **NO_LIMITS}
+        results = failed(error)
     free_memory()
     return results
 
@@ -227,18 +221,14 @@ def _measure(case: Case, operator: Operator, pass_name: str, effort: Effort) -> 
                     peak_bytes = case.inputs_bytes + kept + _peak(calls.timed, case.device)
             if on_gpu and (len(timed) + 1) * kept > KEPT_SHARE * torch.cuda.mem_get_info()[1]:
                 break  # the next graph might not fit
-        call, warmup = in_turn(timed), len(timed) + (1 if on_gpu else 0)
-        if on_gpu and pass_name == "latency":
-            warmup += warm_up(call, case.device)
-        timer = time_device if on_gpu and pass_name != "latency" else time_latency
-        times = timer(call, case.device, effort)
-    verdict = reduce(Verdict.worse, verdicts)
+        timer = time_device if on_gpu else time_calls
+        times = timer(in_turn(timed), case.device, effort)
     return {
-        "lat_ms": {**summarize(times, warmup), "sets": len(timed)},
+        "lat_ms": {**summarize(times, warmup=len(timed) + on_gpu), "sets": len(timed)},
         "compile_ms": first_ms,  # as there: the first call, whatever it has to get ready
         "peak_bytes": peak_bytes,  # of inputs, a kept graph, temporaries and results
-        **{"ok": verdict.ok, "absmax": verdict.absmax, "corr": verdict.as_record(), "err": None},
-        **case.bounds(pass_name),
+        **reduce(Verdict.worse, verdicts).as_results(),
+        **case.bounds[pass_name],
     }
 
 

@@ -11,7 +11,6 @@ import torch
 ROUND = 20  # GPU calls enqueued at once
 LONGEST_SLEEP_MS = 20.0
 CYCLES_PER_MS = 2_000_000  # of a GPU, about
-WARM_UP_MS = 100.0
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,8 @@ def timed_call(call: Callable[[], object], device: torch.device) -> tuple:
     return result, (time.perf_counter() - start) * 1e3
 
 
-def warm_up(call: Callable[[], object], device: torch.device) -> int:
-    """Calls for ``WARM_UP_MS``, waiting for each call, and returns how often.
-
-    Then caches and clocks, of processor and GPU, are as in a program that calls it all the time.
-    """
-    calls, left_ms = 0, WARM_UP_MS
-    while left_ms > 0:
-        left_ms -= timed_call(call, device)[1]
-        calls += 1
-    return calls
-
-
-def time_latency(call: Callable[[], object], device: torch.device, effort: Effort) -> list[float]:
-    """The milliseconds of each of a number of calls, waiting for each; all of a call on a CPU."""
+def time_calls(call: Callable[[], object], device: torch.device, effort: Effort) -> list[float]:
+    """The milliseconds from Python to the result of each of a number of calls."""
     times = []
     while not effort.enough(times):
         times.append(timed_call(call, device)[1])
@@ -101,15 +88,13 @@ def time_device(call: Callable[[], object], device: torch.device, effort: Effort
     return times
 
 
-def summarize(times_ms: list[float], warmup: int, method: str = "linear") -> dict:
+def summarize(times_ms: list[float], warmup: int) -> dict:
     """The ``lat_ms`` field of a record: quantiles as kernels-benchmarks has them, in ms.
 
-    The times are kept to the nanosecond. ``method`` is numpy's of quantiles.
+    The times are kept to the nanosecond.
     """
     times_ms = [round(milliseconds, 6) for milliseconds in times_ms]
-    p10, p25, p50, p75, p90 = map(
-        float, np.quantile(times_ms, (0.1, 0.25, 0.5, 0.75, 0.9), method=method)
-    )
+    p10, p25, p50, p75, p90 = np.quantile(times_ms, (0.1, 0.25, 0.5, 0.75, 0.9)).tolist()
     return {
         "p10": p10,
         "p50": p50,
