@@ -155,11 +155,13 @@ template <typename point_t, int kLanes, int kSplit>
 const char* launch(const Problem& p, cudaStream_t stream) {
   constexpr int64_t kTileHeads = kLanes < 8 ? 8 / kLanes : 1;
   constexpr int64_t kTileQueries = kThreads / (kLanes * kSplit) / kTileHeads;
-  const dim3 blocks(static_cast<unsigned>((p.queries + kTileQueries - 1) / kTileQueries),
-                    static_cast<unsigned>((p.heads + kTileHeads - 1) / kTileHeads),
-                    static_cast<unsigned>(p.batch));
-  gather_kernel<point_t, kLanes, kSplit><<<blocks, kThreads, 0, stream>>>(p);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>((p.queries + kTileQueries - 1) / kTileQueries),
+                        static_cast<unsigned>((p.heads + kTileHeads - 1) / kTileHeads),
+                        static_cast<unsigned>(p.batch));
+  config.blockDim = kThreads;
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, gather_kernel<point_t, kLanes, kSplit>, p);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

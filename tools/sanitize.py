@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +36,7 @@ CAPABILITIES = ["default", "avx2", "avx512"]
 GPU_TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 HARNESS = "tools/sanitize.cpp"
 EMULATOR = "tools/emulator"
+AS_CPP = ["-x", "c++", "-include", "cuda_runtime.h", "-DMSDA_EMULATED"]
 # What a C++ compiler does not take of CUDA, and what the emulator has for it.
 EMULATED = {
     r"extern __shared__ __align__\(\d+\) char memory\[\];": (
@@ -78,23 +80,27 @@ def compile_for_gpu(out: Path) -> None:
         run_compiler(kernel, [*arguments, "-o", out])
 
 
+def emulate(paths: Iterable[Path], folder: Path) -> list:
+    """Copies CUDA sources as a C++ compiler takes them; returns the flags to compile them with."""
+    for path in paths:
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text()
+        for pattern, replacement in EMULATED.items():
+            text = re.sub(pattern, replacement, text)
+        copy.write_text(text)
+    # The sources take liberties with types that g++ would take advantage of.
+    flags = ["-iquote", folder, "-O1", "-w", "-fno-strict-aliasing", f"-I{EMULATOR}"]
+    return [*flags, "-isystem", CudaToolkit.find().home / "include"]
+
+
 def compile_emulated(sanitizers: str, out: Path) -> None:
     """The CUDA kernels as C++ for the CPU; the CPU's own are linked, too, as for a GPU."""
-    kernel, toolkit = Kernel.open(ROOT), CudaToolkit.find()
-    # The sources take liberties with types that g++ would take advantage of.
-    flags = ["-O1", "-w", "-fno-strict-aliasing", f"-I{EMULATOR}"]
-    flags += ["-isystem", toolkit.home / "include"]
-    flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
+    kernel = Kernel.open(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         objects = []
-        for path in (ROOT / "deformable_detr").rglob("*.*"):
-            copy = Path(folder) / path.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text()
-            for pattern, replacement in EMULATED.items():
-                text = re.sub(pattern, replacement, text)
-            copy.write_text(text)
-        flags = ["-iquote", folder, *flags]
+        flags = emulate((ROOT / "deformable_detr").rglob("*.*"), Path(folder))
+        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
         with ThreadPoolExecutor() as compilers:
 
             def compile(source: Path | str, *arguments: str) -> None:
@@ -108,14 +114,22 @@ def compile_emulated(sanitizers: str, out: Path) -> None:
             jobs: list[Future] = []
             for source in sources(kernel, "cuda"):
                 if source.endswith(".cu"):
-                    as_cpp = ["-x", "c++", "-include", "cuda_runtime.h", "-DMSDA_EMULATED"]
-                    compile(Path(folder) / source, *as_cpp)
+                    compile(Path(folder) / source, *AS_CPP)
             for source in [*sources(kernel, "cpu"), f"{EMULATOR}/emulator.cpp"]:
                 compile(source)
             compile(HARNESS, "-DUSE_CUDA=1")
             for job in jobs:
                 job.result()
         run_compiler(kernel, [*flags, *objects, "-o", out])
+
+
+def compile_emulated_library(source: Path, out: Path) -> None:
+    """Of one more CUDA source, which has the kernels' headers: a shared library for the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = emulate([source, *(ROOT / "deformable_detr").rglob("*.*h")], Path(folder))
+        copy = Path(folder) / source.relative_to(ROOT)
+        flags += ["-shared", "-fPIC", f"{EMULATOR}/emulator.cpp", *AS_CPP, copy]
+        run_compiler(Kernel.open(ROOT), [*flags, "-o", out])
 
 
 def sources(kernel: Kernel, backend: str) -> list[str]:

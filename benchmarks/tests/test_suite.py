@@ -1,14 +1,19 @@
 """The suite, run small: no wrong answer has a figure, and no time is of something else."""
 
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 import torch
 from rich.console import Console
+from sanitize import compile_emulated_library
 
 from benchmarks import benchmark, checks, probe, suite
 from benchmarks.benchmark import WORKLOADS, Workload
 from benchmarks.implementations import BASELINE, FUSED, IMPLEMENTATIONS, KERNEL, seed_eager
-from benchmarks.operators import Implementation, Operator
+from benchmarks.operators import Implementation, Operator, plain_reference
 from benchmarks.render import build_table
+from tools.build import CudaToolkit, NvccMissing
 
 CPU = torch.device("cpu")
 TINY = Workload(2, 7, 2, 4, 4, ((6, 5), (3, 2)), "decoder")
@@ -106,6 +111,39 @@ def test_limits(monkeypatch):
     forward, backward = suite.Limits(CPU, None).of(TINY, [inputs]).values()
     assert forward == {"floor_ms": 2 * once, "ceiling_ms": 3}
     assert backward == {"floor_ms": 2 * (once + sizes[0] + sum(sizes[3:])), "ceiling_ms": 6}
+
+
+def test_the_probe_loads_every_corner_in_the_map(device, monkeypatch, tmp_path):
+    """On a GPU, and by its emulator on the CPU."""
+    try:
+        CudaToolkit.find()
+    except NvccMissing as error:
+        pytest.skip(f"the probe cannot be compiled: {error}")
+    if device == "cpu":
+        library, stream = tmp_path / "gather.so", SimpleNamespace(cuda_stream=None)
+        compile_emulated_library(probe.SOURCE, library)
+        monkeypatch.setattr(probe, "build", lambda arch: library)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    points, maps = (3, 6, 1), ((7, 9), (1, 4), (4, 2))
+    order = probe.strips(maps).to(device)  # queries are the pixels
+    workload = Workload(2, len(order), 3, 24, points, maps, "encoder")
+    for dtype, integer in zip(probe.DTYPES, (torch.int64, torch.int32, torch.int16, torch.int16)):
+        inputs = benchmark.make_inputs(workload, dtype, device)
+        bits = (inputs.value > 0).to(integer)
+        inputs = inputs._replace(value=bits.view(dtype))
+        _, shapes, starts, locations, weights = inputs
+        sizes = shapes.flip(1).repeat_interleave(shapes.new_tensor(points), 0)
+        # The reference counts a bit where it samples the centres of the corners' pixels.
+        centres, counts = (locations.double() * sizes - 0.5).floor() + 0.5, 0
+        for corner in product((0, 1), (0, 1)):
+            corners = (centres + shapes.new_tensor(corner)) / sizes
+            sampled = (bits.double(), shapes, starts, corners, torch.ones_like(weights).double())
+            counts += plain_reference(workload)(*sampled).view(2, len(order), 3, 24)
+        for split, some_order in product(probe.splits(inputs), (None, order)):
+            output = torch.full_like(bits[:, : len(order)], -1)
+            probe.gather(inputs, points, output, split, some_order)
+            assert torch.equal(output, counts.round().to(integer) % 2), (dtype, split)
 
 
 def test_kernels_benchmark_verifies(kernel):
