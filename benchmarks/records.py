@@ -211,7 +211,7 @@ class Results:
     """
 
     def __init__(self, options: argparse.Namespace, kind: str = ""):
-        self.path, self.earlier = options.out, []
+        self.path = options.out
         if self.path is None:
             if options.resume:
                 sys.exit("error: --resume needs --out FILE, the file to go on with")
@@ -219,13 +219,17 @@ class Results:
             slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
             self.path = RESULTS / time.strftime(f"{slug}{kind}-%Y%m%d-%H%M%S.local.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if options.resume and self.path.exists():
+        resumes = options.resume and self.path.exists()
+        if resumes:
             text = self.path.read_text(encoding="utf-8")
             # A run that was killed may have left half a record.
             self.path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-            self.earlier = read([self.path])
-        done = [record for record in self.earlier if record["err"] is None or is_absent(record)]
-        self._done = {_identity(record["impl"], record["wl"], record["env"]) for record in done}
+        try:
+            self.earlier = read([self.path]) if resumes else []
+            done = [record for record in self.earlier if record["err"] is None or is_absent(record)]
+            self._done = {_identity(record["impl"], record["wl"], record["env"]) for record in done}
+        except (ValueError, KeyError) as error:
+            sys.exit(f"error: {self.path} is no file of records: {error!r}")
 
     def has(self, implementation: str, workload: dict, env: dict) -> bool:
         """Whether an earlier run measured this, on this device with this torch."""
