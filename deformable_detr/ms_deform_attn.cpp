@@ -66,7 +66,14 @@ Tensor forward(Inputs&& inputs) try {
   params.output = output.data_ptr();
 #if defined(USE_CUDA)
   if (inputs.value.is_cuda()) {
-    on_device(inputs.value, [&](void* stream) { cuda::forward(params, stream); });
+    on_device(inputs.value, [&](void* stream) {
+      Tensor scratch;
+      if (const int64_t bytes = cuda::forward_scratch(params); bytes > 0) {
+        scratch = torch::stable::new_empty(inputs.value, {bytes}, ScalarType::Byte);
+        params.windows = scratch.data_ptr();
+      }
+      cuda::forward(params, stream);
+    });
     return output;
   }
 #endif

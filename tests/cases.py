@@ -239,7 +239,8 @@ def make_fused_inputs(
 ):
     """The same for the fused operator; dtypes by the name of the tensor, the default is dtype.
 
-    Reference points lie in the image, offsets reach a few pixels or shares of the reference box.
+    Reference points lie in the image, an encoder's on its pixels' centres. Offsets reach a few
+    pixels or shares of the reference box.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -250,6 +251,8 @@ def make_fused_inputs(
     reference = torch.rand(
         case.batch, case.queries, levels, coordinates, generator=generator, dtype=torch.float64
     )
+    if case.locations == "encoder":
+        reference[..., :2] = _centres(case).unsqueeze(1)
     tensors = {
         "value": normal(case.batch, case.pixels, case.heads, case.channels),
         "reference_points": reference,

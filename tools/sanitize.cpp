@@ -70,6 +70,9 @@ struct Problem {
   bool deterministic = false;
   // What the kernels are told, where that is not so.
   std::vector<int64_t> bad_shapes = {}, bad_starts = {};
+  // The queries are the pixels, and most of their points are near, as in an encoder. The forward in
+  // half types alone.
+  bool encoder = false;
 };
 
 template <typename T>
@@ -157,6 +160,7 @@ BackwardParams make_params(const Problem& problem, Tensors<T>& tensors) {
     tensors.grad_references.assign(rows * size, NAN);
   }
   fill(tensors.grad_output, rows * p.channels, -1, 1);
+  if (problem.encoder) move_points(problem, p, tensors);
   tensors.locations[3] = static_cast<T>(NAN);
   tensors.locations[8] = static_cast<T>(INFINITY);
   const T garbage = static_cast<T>(NAN);  // every element is to be written
@@ -175,6 +179,37 @@ BackwardParams make_params(const Problem& problem, Tensors<T>& tensors) {
              tensors.weights.data(), tensors.grad_references.data(), tensors.grad_locations.data(),
              tensors.grad_weights.data());
   return p;
+}
+
+// Moves points near their queries, which are the pixels; one of 50 stays where it is.
+template <typename T>
+void move_points(const Problem& problem, const Params& p, Tensors<T>& tensors) {
+  std::mt19937 random(2);
+  std::uniform_real_distribution<float> draw(-4, 4);  // pixels
+  const auto set = [](T* xy, float x, float y) {
+    xy[0] = static_cast<T>(x);
+    xy[1] = static_cast<T>(y);
+  };
+  for (int64_t batch = 0, query = 0; batch < p.batch; ++batch) {
+    for (int32_t level = 0; level < p.levels; ++level) {
+      const int64_t height = problem.shapes[2 * level], width = problem.shapes[2 * level + 1];
+      for (int64_t pixel = 0; pixel < height * width; ++pixel, ++query) {
+        const float x = (pixel % width + 0.5f) / width, y = (pixel / width + 0.5f) / height;
+        for (int32_t l = 0; l < p.levels && problem.coordinates == 2; ++l) {
+          set(&tensors.references[(query * p.levels + l) * 2], x, y);
+        }
+        for (int64_t i = 0; i < p.heads * p.points; ++i) {
+          const int32_t of = i % p.points / p.points_per_level;
+          const float dx = draw(random), dy = draw(random);
+          T* xy = &tensors.locations[(query * p.heads * p.points + i) * 2];
+          if (i % 50 == 3) continue;
+          problem.coordinates == 2
+              ? set(xy, dx, dy)
+              : set(xy, x + dx / problem.shapes[2 * of + 1], y + dy / problem.shapes[2 * of]);
+        }
+      }
+    }
+  }
 }
 
 int failures = 0;
@@ -231,7 +266,7 @@ void run_on_cpu(const Problem& problem, Tensors<T>& tensors, int threads) {
   nested = threads == 0;
   num_threads = std::max(threads, 1);
   cpu::forward(p);
-  cpu::backward(p);
+  if (!problem.encoder) cpu::backward(p);
   nested = false;
 }
 
@@ -318,11 +353,14 @@ void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
   const cuda::BackwardPlan plan = cuda::plan_backward(p);
   OnGpu scratch(nullptr, plan.scratch.bytes);
   p.scratch = scratch.data();
+  OnGpu windows(nullptr, cuda::forward_scratch(p));
+  p.windows = windows.data();
   cuda::forward(p, nullptr);
-  cuda::backward(p, plan, nullptr);
+  if (!problem.encoder) cuda::backward(p, plan, nullptr);
   check(cudaDeviceSynchronize());
 
   output.read(tensors.output.data());
+  if (problem.encoder) return;
   grad_locations.read(tensors.grad_locations.data());
   grad_weights.read(tensors.grad_weights.data());
   grad_references.read(tensors.grad_references.data());
@@ -333,6 +371,12 @@ template <typename T>
 void test_gpu(const Problem& problem) {
   Tensors<T> on_gpu, on_cpu;
   run_on_gpu(problem, on_gpu);
+  if (problem.encoder) {
+    expect_finite("output", on_gpu.output);
+    if (!problem.bad_shapes.empty()) return;
+    run_on_cpu(problem, on_cpu, 1);
+    return compare("output", on_gpu.output, on_cpu.output, 2 * kTolerance<T>);
+  }
   on_gpu.for_results([](const char* what, auto& results) { expect_finite(what, results); });
   if (!problem.bad_shapes.empty()) return;
   run_on_cpu(problem, on_cpu, 1);
@@ -342,6 +386,7 @@ void test_gpu(const Problem& problem) {
 
 template <typename T>
 void test(const Problem& problem) {
+  if (problem.encoder && sizeof(T) != 2) return;
   const int before = failures;
 #if defined(USE_CUDA)
   test_gpu<T>(problem);
@@ -393,6 +438,23 @@ std::vector<Problem> make_problems() {
   problems.push_back({2, 1100, 8, 20, shapes, {2, 1, 2}, Method::bilinear, 0});
   problems.push_back({2, 1100, 8, 36, shapes, {2, 1, 2}, Method::bilinear, 4});
   problems.push_back({2, 1100, 8, 16, shapes, {2, 1, 2}, Method::nearest, 2});
+  // Encoders that are served through windows: with as many points as that takes.
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+  const auto add_encoder = [&](std::vector<int64_t> shapes, int32_t coordinates,
+                               std::vector<int64_t> told = {}, std::vector<int64_t> starts = {}) {
+    constexpr int32_t kHeads = 3;
+    int64_t queries = 0;
+    for (size_t i = 0; i < shapes.size(); i += 2) queries += shapes[i] * shapes[i + 1];
+    const std::vector<int32_t> points(shapes.size() / 2, 4);
+    const int64_t of_batch = queries * kHeads * points.size() * 4;
+    problems.push_back({65536 * multiprocessors / of_batch + 1, queries, kHeads, 32, shapes, points,
+                        Method::bilinear, coordinates, false, told, starts, true});
+  };
+  add_encoder({20, 20, 10, 10, 5, 5}, 2);
+  add_encoder({32, 48, 16, 24, 8, 12, 4, 6}, 0);
+  add_encoder({24, 20, 12, 10, 6, 5, 3, 3, 2, 2}, 2);
+  add_encoder({12, 17, 4, 8, 2, 3}, 0, {12, 18, 4, 8, 2, 3}, {0, 204, 236});
 #endif
   // Levels of 12 * 17 and 4 * 8 pixels, which say that they are others.
   constexpr int64_t kHuge = int64_t(1) << 62, kInt32 = int64_t(1) << 31;

@@ -14,6 +14,7 @@ toolkit's headers: see emulator/cuda_runtime.h. The exit status is 1 if one run 
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ EMULATED = {
     r"\bcudaLaunchKernelEx\b": "emulator::launch",
     r'asm\("ex2.*;': "y = std::exp2(x * 1.4426950408889634f);",
     r'asm\(""[^;]*;': "",
+    r'asm\("mul\.wide.*;': "product = int64_t{a} * b;",
     r"\b__CUDACC__\b": "MSDA_EMULATED",
 }
 
@@ -100,6 +102,7 @@ def compile_emulated(sanitizers: str, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         objects = []
         flags = emulate((ROOT / "deformable_detr").rglob("*.*"), Path(folder))
+        shutil.copy(ROOT / EMULATOR / "matrix.cuh", Path(folder) / "deformable_detr/cuda")
         flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
         with ThreadPoolExecutor() as compilers:
 

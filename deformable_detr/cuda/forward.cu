@@ -3,7 +3,9 @@
 // work.
 #include "deformable_detr/cuda/launch.cuh"
 #include "deformable_detr/cuda/layout.cuh"
+#include "deformable_detr/cuda/not_finite.cuh"
 #include "deformable_detr/cuda/softmax.cuh"
+#include "deformable_detr/cuda/windows.cuh"
 
 namespace ms_deform_attn::cuda {
 namespace {
@@ -35,59 +37,10 @@ template <typename scalar_t, Source kSource>
 constexpr bool kForwardStrips = sizeof(scalar_t) > 2 && !kIsFused<kSource>;
 constexpr int kStripTiles = 4;
 
-// A compact kernel has no table of levels.
-template <bool kCompact, typename LevelEntry>
-__device__ __forceinline__ decltype(auto) find_level(const Params& p, const LevelEntry* levels,
-                                                     int32_t index) {
-  if constexpr (kCompact) {
-    return read_level_entry<LevelEntry>(p, index);
-  } else {
-    return (levels[index]);
-  }
-}
-
-// Stores the channels of lanes whose sum is not finite. The kernel below multiplies what it has in
-// the place of a corner outside the map by zero, which makes NaN of an infinity that is no corner
-// of the point. Here such corners are left out. Not inlined and with its arguments by value, so
-// that it takes no registers from the kernel, to which it costs one test a row. To zero the corners
-// in the kernel instead costs 14 to 21%. The whole warp takes part, as a call by some of its lanes
-// would change the uniform registers of the others.
-template <typename scalar_t, Source kSource, int kVec, bool kCompact, typename LevelEntry>
-__device__ __noinline__ void store_not_finite(const Params& p, const LevelEntry* levels,
-                                              TeamRow row, int32_t channel, bool stores,
-                                              Softmax<acc_t<scalar_t>> softmax) {
-  using acc = acc_t<scalar_t>;
-  using Vector = Vec<scalar_t, kVec>;
-  using Indexing = cuda::Indexing<scalar_t, kVec>;
-  const scalar_t* value = static_cast<const scalar_t*>(p.value) +
-                          (row.batch * p.spatial_size * p.heads + row.head) * p.channels + channel;
-  acc sum[kVec] = {};
-  PointCursor cursor(p, 0);
-  PointReader<scalar_t, kSource> reader;
-  reader.seek(p, row.index, row.query_index(p), 0);
-  for (int32_t point = 0; point < p.points; ++point) {
-    if (stores) {
-      reader.read(p);
-      const acc weight = find_weight(p, reader, softmax);
-      const Corners<acc> corners =
-          find_corners(p, reader, cursor.level, find_level<kCompact>(p, levels, cursor.level));
-      for (int j = 0; j < 4; ++j) {
-        if (corners.pixel[j] == kOutside) continue;
-        acc x[kVec];
-        Vector::load(Indexing::at(p, value, Indexing::offset(p, corners.pixel[j]))).unpack(x);
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) sum[c] += weight * corners.corner_weight(j) * x[c];
-      }
-    }
-    reader.skip(p, 1);
-    cursor.advance(p, 1);
-  }
-  if (!stores) return;
-  Vector::pack(sum).store(static_cast<scalar_t*>(p.output) + row.index * p.channels + channel);
-}
-
 // kTiles: adjacent tiles that a block serves, of which the next finds samples of the last in L1.
-template <typename scalar_t, Source kSource, int kVec, int kLanes, typename Schedule, int kTiles>
+// kAfterWindows: whether windows may have served the call, before.
+template <typename scalar_t, Source kSource, int kVec, int kLanes, typename Schedule, int kTiles,
+          bool kAfterWindows = false>
 __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
     forward_kernel(const __grid_constant__ Params p, int64_t first_batch) {
   using acc = acc_t<scalar_t>;
@@ -110,6 +63,12 @@ __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
 
   const int64_t first_tile = int64_t(blockIdx.x) * kTiles;
   TeamRow row = find_row<Layout>(p, first_batch, first_tile);
+  if constexpr (kAfterWindows) {
+    // Blocks may end while windows are still being served. One waits for them, and with it whatever
+    // follows in the stream.
+    if (blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_kernel();
+    if (!left_by_windows(p)) return;
+  }
   PointReader<scalar_t, kSource> reader;
   // A compact kernel reads a point where it is used, the others one stage before.
   const auto read = [&](int32_t point) {
@@ -244,7 +203,7 @@ __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
 // ---------------------------------------------------------------------------------------- launcher
 
 template <typename scalar_t, int kVec, int kLanes, typename Schedule>
-void launch_forward(const Params& p, void* stream) {
+void launch_forward(const Params& p, void* stream, bool after_windows = false) {
   using Layout = cuda::Layout<kLanes, Schedule::kSplit, Schedule::kThreads>;
   with_source<scalar_t>(p, [&](auto source) {
     const int64_t level_bytes =
@@ -258,6 +217,17 @@ void launch_forward(const Params& p, void* stream) {
     if constexpr (kForwardStrips<scalar_t, source.value> && Schedule::kAhead == 1) {
       if (queries_are_pixels(p)) {
         return launch_tiles(std::integral_constant<int, kStripTiles>{});
+      }
+    }
+    if constexpr (sizeof(scalar_t) == 2 && kVec * kLanes == 32 && Schedule::kAhead == 1 &&
+                  !kIsMixed<source.value>) {
+      if (after_windows) {
+        // Fewer blocks, as most often they end at once: 20000 would take 20 us for that.
+        const Grid grid{Layout::query_blocks(p, kStripTiles), Layout::head_blocks(p),
+                        Schedule::kThreads, level_bytes, DeviceLimits().overlaps_kernels};
+        return launch(
+            forward_kernel<scalar_t, source.value, kVec, kLanes, Schedule, kStripTiles, true>, p,
+            grid, stream);
       }
     }
     launch_tiles(std::integral_constant<int, 1>{});
@@ -308,6 +278,7 @@ void choose(const Params& p, Function&& function) {
 // ------------------------------------------------------------------------------------------- entry
 
 void forward(const Params& params, void* stream) {
+  const bool after_windows = forward_windows(params, stream);
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     constexpr int kVec = 16 / sizeof(scalar_t);
@@ -315,6 +286,9 @@ void forward(const Params& params, void* stream) {
       return launch_forward<scalar_t, 1, 32, Plain<scalar_t>>(params, stream);
     }
     with_lanes<2, 32>(params.channels / kVec, [&](auto lanes) {
+      if (after_windows) {
+        return launch_forward<scalar_t, kVec, lanes.value, Plain<scalar_t>>(params, stream, true);
+      }
       choose<scalar_t, lanes.value, kVec>(params, [&](auto schedule) {
         launch_forward<scalar_t, kVec, lanes.value, decltype(schedule)>(params, stream);
       });

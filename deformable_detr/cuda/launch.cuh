@@ -27,6 +27,7 @@ inline void check_cuda(cudaError_t error) {
 struct DeviceLimits {
   int multiprocessors, block_memory, multiprocessor_memory;  // shared memory in bytes
   bool overlaps_kernels;
+  bool has_matrices;  // see matrix.cuh
 
   DeviceLimits() {
     int device = 0;
@@ -39,7 +40,9 @@ struct DeviceLimits {
     multiprocessors = find(cudaDevAttrMultiProcessorCount);
     block_memory = find(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     multiprocessor_memory = find(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    overlaps_kernels = find(cudaDevAttrComputeCapabilityMajor) >= 9;
+    const int major = find(cudaDevAttrComputeCapabilityMajor);
+    overlaps_kernels = major >= 9;
+    has_matrices = major >= 8;
   }
 };
 

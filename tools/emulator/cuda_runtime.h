@@ -12,6 +12,7 @@
 #include <vector_functions.h>
 #include <vector_types.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -95,15 +96,36 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulator::from_bits<T>(all.of_lane[emulator::thread_index.x % 32 ^ mask]);
 }
 template <typename T>
+T __shfl_sync(unsigned, T x, int lane) {
+  const auto& all = emulator::meet_warp(emulator::to_bits(x));
+  return emulator::from_bits<T>(all.of_lane[lane]);
+}
+template <typename T>
 T __shfl_up_sync(unsigned, T x, unsigned by) {
   const auto& all = emulator::meet_warp(emulator::to_bits(x));
   const unsigned lane = emulator::thread_index.x % 32;
   return lane < by ? x : emulator::from_bits<T>(all.of_lane[lane - by]);
 }
+inline int __reduce_add_sync(unsigned, int x) {
+  const auto& all = emulator::meet_warp(emulator::to_bits(x));
+  x = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (all.present[lane]) x += emulator::from_bits<int>(all.of_lane[lane]);
+  }
+  return x;
+}
+inline int __reduce_max_sync(unsigned, int x) {
+  const auto& all = emulator::meet_warp(emulator::to_bits(x));
+  for (int lane = 0; lane < 32; ++lane) {
+    if (all.present[lane]) x = std::max(x, emulator::from_bits<int>(all.of_lane[lane]));
+  }
+  return x;
+}
 inline unsigned __ballot_sync(unsigned, int x) {
   return emulator::lanes(emulator::meet_warp(x != 0), [](uint64_t bits) { return bits != 0; });
 }
 inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
+inline int __all_sync(unsigned mask, int x) { return !__any_sync(mask, !x); }
 template <typename T>
 unsigned __match_any_sync(unsigned, T x) {
   const uint64_t own = emulator::to_bits(x);
@@ -122,6 +144,26 @@ inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
+// Of the bytes 0 to 3 of x and 4 to 7 of y, those that the selector's digits name.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = x | uint64_t(y) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= unsigned(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
+// Conversions saturate, and make zero of NaN.
+inline int to_int(float x) {
+  if (x != x) return 0;
+  return x >= 2147483648.f ? INT32_MAX : x < -2147483648.f ? INT32_MIN : static_cast<int>(x);
+}
+inline int __float2int_rn(float x) { return to_int(std::nearbyint(x)); }
+inline int __float2int_rd(float x) { return to_int(std::floor(x)); }
+inline unsigned __float2uint_rz(float x) { return x > 0 ? static_cast<unsigned>(x) : 0; }
+inline int __float_as_int(float x) { return emulator::from_bits<int>(emulator::to_bits(x)); }
+inline float __int_as_float(int x) { return emulator::from_bits<float>(emulator::to_bits(x)); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned x) { return emulator::from_bits<float>(x); }
 template <typename A, typename B>
 auto min(A a, B b) {
@@ -144,6 +186,10 @@ auto max(A a, B b) {
 
 template <typename T>
 T __ldg(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcg(const T* address) {
   return *address;
 }
 template <typename T>

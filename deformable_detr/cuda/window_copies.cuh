@@ -1,0 +1,189 @@
+// Where windows are put (windows.cuh cuts the image), which heads are served through them, and how
+// they are filled.
+#pragma once
+
+#include "deformable_detr/cuda/matrix.cuh"
+#include "deformable_detr/cuda/windows.cuh"
+
+namespace ms_deform_attn::cuda {
+
+// --------------------------------------------------------------------------------------- placement
+
+// The four points of a query in a level.
+struct Sampled {
+  float share_x, share_y;  // where the query is, as a share of the image
+  float x[4], y[4];        // in pixels
+  float mean_x, mean_y;    // how far all lanes' points are from their queries' own places, without
+                           // those that are far away or NaN
+};
+
+// Samples a level at 32 of the region's queries, of which each lane of the warp looks at one.
+template <typename scalar_t, bool kFused, int kLevels>
+__device__ __forceinline__ Sampled sample_level(const Params& p, const Cut<kLevels>& cut,
+                                                const Region<kLevels>& region, int32_t index,
+                                                int64_t batch, int32_t head) {
+  const int lane = threadIdx.x % 32;
+  const PixelQuery from = query_of_region(
+      cut, region, static_cast<int32_t>((lane + 0.5f) * (1.f / 32) * (region.count - 1)));
+  const Level level = cut.levels[index], of = cut.levels[from.level];
+  Sampled sampled;
+  sampled.share_x = __fdividef(from.column + 0.5f, of.width);
+  sampled.share_y = __fdividef(from.row + 0.5f, of.height);
+  const float own_x = sampled.share_x * level.width - 0.5f;
+  const float own_y = sampled.share_y * level.height - 0.5f;
+  const int64_t query = batch * p.queries + from.query;
+  const int64_t point = ((query * p.heads + head) * kLevels + index) * 4;
+  const auto* xy =
+      static_cast<const scalar_t*>(kFused ? p.sampling_offsets.data : p.sampling_locations.data);
+  float of_points[8], x = -0.5f, y = -0.5f;
+  Vec<scalar_t, 8>::load(xy + point * 2).unpack(of_points);
+  float scale_x = level.width, scale_y = level.height;
+  if constexpr (kFused) {
+    float reference[2];
+    const auto* references = static_cast<const scalar_t*>(p.reference_points.data);
+    const int64_t at = query * p.reference_levels + (p.reference_levels > 1 ? index : 0);
+    Vec<scalar_t, 2>::load(references + at * 2).unpack(reference);
+    x = fmaf(reference[0], scale_x, x);
+    y = fmaf(reference[1], scale_y, y);
+    scale_x = scale_y = 1;
+  }
+  float sum_x = 0, sum_y = 0, count = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sampled.x[i] = fmaf(of_points[2 * i], scale_x, x);
+    sampled.y[i] = fmaf(of_points[2 * i + 1], scale_y, y);
+    const float dx = sampled.x[i] - own_x, dy = sampled.y[i] - own_y;
+    const bool counts = fabsf(dx) < level.width && fabsf(dy) < level.height;
+    sum_x += counts ? dx : 0;
+    sum_y += counts ? dy : 0;
+    count += counts;
+  }
+  count = max(team_sum<32>(count), 1.f);
+  sampled.mean_x = __fdividef(team_sum<32>(sum_x), count);
+  sampled.mean_y = __fdividef(team_sum<32>(sum_y), count);
+  return sampled;
+}
+
+// The first column of a window (or row), for the region at `part` of `parts` in a level of this
+// size whose points are moved so far on average.
+__device__ __forceinline__ int32_t first_of_window(float moved, int32_t part, int32_t parts,
+                                                   int32_t size, int32_t pixels) {
+  const float center = __fdividef((part + 0.5f) * size, parts) - 0.5f + moved;
+  return max(-1, min(size + 1 - pixels, __float2int_rn(center - 0.5f * (pixels - 1))));
+}
+
+// Puts a level's window where its points are on average. By one warp.
+template <typename scalar_t, bool kFused, int kLevels>
+__device__ __forceinline__ void place_window(const Params& p, const Cut<kLevels>& cut,
+                                             Region<kLevels>& region, int32_t index, int64_t batch,
+                                             int32_t head) {
+  const Sampled sampled = sample_level<scalar_t, kFused>(p, cut, region, index, batch, head);
+  if (threadIdx.x % 32 > 0) return;
+  const Level& level = cut.levels[index];
+  const int32_t columns = cut.columns[index], rows = cut.rows[index];
+  const int32_t column =
+      first_of_window(sampled.mean_x, region.x, cut.across, level.width, columns);
+  const int32_t row = first_of_window(sampled.mean_y, region.y, cut.down, level.height, rows);
+  region.column[index] = column;
+  region.row[index] = row;
+  region.frames[index] = {static_cast<float>(level.width),
+                          static_cast<float>(level.height),
+                          -0.5f - column,
+                          -0.5f - row,
+                          columns - 2.f,
+                          rows - 2.f,
+                          cut.pitch[index] / 16.f,
+                          cut.start[index] / 16.f};
+}
+
+// ------------------------------------------------------------------------------------------ choice
+
+// Counts those of a (batch, head)'s sampled points that windows would miss, by one block each; all
+// of them, where the levels are none for windows.
+template <typename scalar_t, bool kFused, int kLevels>
+__global__ void __launch_bounds__(kLevels * 32)
+    choose_kernel(const __grid_constant__ Params p, int64_t first_batch, WindowLayout layout) {
+#if __CUDA_ARCH__ >= 800 || defined(MSDA_EMULATED)
+  __shared__ Cut<kLevels> cut;
+  __shared__ Region<kLevels> image;
+  __shared__ int32_t missed_points;
+  let_next_kernel_start();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int32_t head = blockIdx.x;
+  const int64_t batch = first_batch + blockIdx.z;
+  if (warp == 0) {
+    cut_image(p, layout, cut);
+    __syncwarp();
+    find_region(cut, 1, 1, 0, image);
+    if (lane == 0) missed_points = cut.across > 0 ? 0 : kLevels * kSampledPoints;
+  }
+  __syncthreads();
+  if (cut.across > 0) {
+    const Sampled sampled = sample_level<scalar_t, kFused>(p, cut, image, warp, batch, head);
+    const Level& level = cut.levels[warp];
+    const int32_t columns = cut.columns[warp], rows = cut.rows[warp];
+    // The window of the query's own region.
+    const auto first = [](float share, float moved, int32_t parts, int32_t size, int32_t pixels) {
+      const int32_t part = max(0, min(parts - 1, static_cast<int32_t>(share * parts)));
+      return first_of_window(moved, part, parts, size, pixels);
+    };
+    const int32_t column = first(sampled.share_x, sampled.mean_x, cut.across, level.width, columns);
+    const int32_t row = first(sampled.share_y, sampled.mean_y, cut.down, level.height, rows);
+    int32_t missed = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x = sampled.x[i], y = sampled.y[i];
+      const bool touches = x > -1 && x < level.width && y > -1 && y < level.height;
+      missed +=
+          touches && !(x >= column && x < column + columns - 1 && y >= row && y < row + rows - 1);
+    }
+    atomicAdd(&missed_points, missed);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    static_cast<int32_t*>(p.windows)[batch * p.heads + head] = missed_points;
+  }
+#endif
+}
+
+// Starts to copy the windows. value: of the block's head.
+template <typename scalar_t, int kLevels>
+__device__ __forceinline__ void fill_windows(const Params& p, const Cut<kLevels>& cut,
+                                             const Region<kLevels>& region, uint32_t memory,
+                                             const scalar_t* value) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t pixel_bytes = int64_t(p.heads) * kPixelBytes;
+#pragma unroll 1
+  for (int l = 0; l < kLevels; ++l) {
+    const Level level = cut.levels[l];
+    const Part window{region.column[l], region.row[l], cut.columns[l], cut.rows[l]};
+    const int64_t step = int64_t(kWindowWarps) * level.width * pixel_bytes;
+    const int32_t pitch = cut.pitch[l];
+    for (int32_t column = lane / 4; column < window.columns; column += 32) {
+      const int64_t first =
+          level.start + int64_t(window.row + warp) * level.width + window.column + column;
+      const char* from[4];
+      uint32_t height[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        from[i] =
+            reinterpret_cast<const char*>(value) + (first + i * 8) * pixel_bytes + lane % 4 * 16;
+        height[i] = is_inside(window.column + column + i * 8, level.width) ? level.height : 0;
+      }
+      uint32_t to = memory + cut.start[l] + warp * pitch + column * kPixelBytes + lane % 4 * 16;
+      for (int32_t row = warp; row < window.rows; row += kWindowWarps) {
+        const uint32_t y = window.row + row;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (column + i * 8 < window.columns) {
+            copy_async(to + i * (8 * kPixelBytes), from[i], y < height[i]);
+          }
+          from[i] += step;
+        }
+        to += kWindowWarps * pitch;
+      }
+    }
+  }
+}
+
+}  // namespace ms_deform_attn::cuda

@@ -1,0 +1,302 @@
+// An encoder's value through windows in shared memory.
+//
+// Where the queries are the pixels, the image can be cut into regions: the queries of all levels
+// in a region sample about the same part of each level. A block serves a region's queries for one
+// head. First it copies the parts that its points reach, a window a level, to shared memory,
+// whatever lies outside the map as zeros. The few points outside the windows are left to the
+// kernel.
+//
+// Sizes of levels may be known to the GPU alone. The host fixes the shared memory and the most
+// regions; each block works out how the image is cut, and how large the windows are. Everything
+// here is for kLevels levels of four points, and 32 channels of a half type.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "deformable_detr/cuda/launch.cuh"
+#include "deformable_detr/cuda/layout.cuh"
+#include "deformable_detr/cuda/softmax.cuh"
+
+namespace ms_deform_attn::cuda {
+
+// Serves a call through windows, if it is one for them; false: it is not. Whether it is may be
+// known to the GPU alone, see left_by_windows().
+bool forward_windows(const Params& params, void* stream);
+
+constexpr int kWindowThreads = 384;
+constexpr int kWindowBlocks = 2;  // that share a multiprocessor
+constexpr int kWindowWarps = kWindowThreads / 32;
+constexpr int kPixelBytes = 64, kPixelPieces = 4;  // a pixel's channels; in pieces of 16 bytes
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// ------------------------------------------------------------------------------------------ choice
+
+// A call is left to the kernel that needs no windows, if they would miss so many of its points; at
+// that share both take as long.
+constexpr int kMostMissed = 4;          // percent
+constexpr int kSampledPoints = 32 * 4;  // of each level of a (batch, head)
+
+// From what choose_kernel counted in params.windows. Both kernels ask, and one of them serves. By
+// each warp; the kernel before has to have ended, or to have waited for choose_kernel.
+__device__ __forceinline__ bool left_by_windows(const Params& p) {
+  const int32_t slices = static_cast<int32_t>(p.batch) * p.heads;
+  float missed = 0;
+  for (int32_t i = threadIdx.x % 32; i < slices; i += 32) {
+    missed += __ldcg(static_cast<const int32_t*>(p.windows) + i);
+  }
+  return team_sum<32>(missed) * 100 > float(kMostMissed * kSampledPoints) * p.levels * slices;
+}
+
+// ------------------------------------------------------------------------------------------ layout
+
+// A block's dynamic shared memory, in bytes from its start: what the kernel has for each warp, the
+// list of the region's queries, the windows, and a place that is zero, as large as two pixels in
+// each of two rows.
+struct WindowLayout {
+  int32_t regions;  // of a (batch, head), at most
+  int32_t list;
+  int32_t list_queries;
+  int32_t windows;
+  int32_t window_pieces;  // of 16 bytes, for all windows and zeros
+  int32_t bytes;
+};
+
+// What windows of `columns` x `rows` pixels take. A row ends in a piece that is left free, so that
+// the pieces of two rows lie in different banks.
+__host__ __device__ constexpr float window_pieces(float columns, float rows) {
+  return (columns * kPixelPieces + 1) * rows;
+}
+
+// And zeros, for windows of up to so many columns.
+__host__ __device__ constexpr float zero_pieces(float columns) {
+  return window_pieces(columns, 1) + 2 * kPixelPieces;
+}
+
+// The pixels by which a window exceeds its region, for offsets as they are when training starts.
+constexpr float kUsualHalo = 8;
+
+// The layout for a call: regions so small that the usual windows of a pyramid fit, and so many that
+// the multiprocessors end at about the same time. No regions: windows do not pay.
+inline WindowLayout plan_windows(const Params& p, int warp_bytes, int64_t memory,
+                                 int multiprocessors) {
+  constexpr int64_t kMinRegionQueries = 128, kMaxListed = 4096;
+  constexpr double kBlockCost = 60;  // what a block costs beside its queries, as queries
+  const int64_t slices = p.heads * p.batch;
+  double finest = 0;  // pixels of the finest level, each of the next half as wide
+  for (int32_t l = 0; l < p.levels; ++l) finest += std::pow(0.25, l);
+  finest = p.queries / finest;
+  const auto layout_of = [&](int64_t regions) {
+    WindowLayout layout{};
+    layout.regions = static_cast<int32_t>(regions);
+    layout.list = kWindowWarps * warp_bytes;
+    const int64_t queries = ceil_div<int64_t>(p.queries, regions) * 5 / 4 + 128;
+    layout.list_queries = static_cast<int32_t>(std::min(queries, kMaxListed) / 4 * 4);
+    layout.windows = layout.list + layout.list_queries * 4;
+    layout.window_pieces = static_cast<int32_t>((memory - layout.windows) / 16);
+    layout.bytes = layout.windows + layout.window_pieces * 16;
+    return layout;
+  };
+  const auto fits = [&](int64_t regions) {
+    double side = std::sqrt(finest / regions), pieces = zero_pieces(side + kUsualHalo);
+    for (int32_t l = 0; l < p.levels; ++l, side /= 2) {
+      pieces += window_pieces(side + kUsualHalo, side + kUsualHalo);
+    }
+    return pieces <= layout_of(regions).window_pieces;
+  };
+  // Between what does not fit and what does.
+  int64_t least = 0, most = p.queries / kMinRegionQueries;
+  if (most == 0 || !fits(most)) return {};
+  while (most - least > 1) (fits((least + most) / 2) ? most : least) = (least + most) / 2;
+  // All blocks take a number of turns, of so many at a time.
+  const int64_t at_once = int64_t(multiprocessors) * kWindowBlocks;
+  const int64_t first_turns = ceil_div(most * slices, at_once);
+  int64_t best = most;
+  double least_cost = INFINITY;
+  for (int64_t turns = first_turns; turns <= 2 * first_turns; ++turns) {
+    const int64_t regions = turns * at_once / slices;
+    const double queries = static_cast<double>(p.queries) / regions;
+    if (queries < kMinRegionQueries && regions > most) break;
+    const double cost = turns * (queries + kBlockCost);
+    if (cost < least_cost) {
+      least_cost = cost;
+      best = regions;
+    }
+  }
+  return layout_of(best);
+}
+
+// ----------------------------------------------------------------------------------------- regions
+
+// A part of a level.
+struct Part {
+  int32_t column, row, columns, rows;
+};
+
+// How a point of a level finds its place in the window.
+struct alignas(16) Frame {
+  float width, height;     // of the level
+  float shift_x, shift_y;  // from the level's pixels to the window's
+  float last_x, last_y;    // of northwestern corners whose others are in the window, too
+  float pitch, start;      // in pieces of 16 bytes
+};
+
+// How the image is cut.
+template <int kLevels>
+struct Cut {
+  Level levels[kLevels];
+  int32_t columns[kLevels], rows[kLevels];  // of a window
+  int32_t pitch[kLevels], start[kLevels];   // in bytes
+  int32_t zeros, zero_pieces;               // where they are, in bytes, and how many
+  int32_t across, down;                     // so many regions; 0: the levels are none for windows
+};
+
+// A region.
+template <int kLevels>
+struct Region {
+  int32_t x, y;            // of its row and column of regions
+  Part queries[kLevels];   // the pixels that are the region's queries
+  int32_t first[kLevels];  // of them in the list
+  int32_t count;
+  int32_t column[kLevels], row[kLevels];  // where the windows begin, from -1 on
+  Frame frames[kLevels];
+};
+
+// Cuts the image into regions, and gives the windows their sizes. By one warp; lane i tries i + 1
+// regions in a row, and then windows that exceed the region by i pixels.
+template <int kLevels>
+__device__ __forceinline__ void cut_image(const Params& p, const WindowLayout& layout,
+                                          Cut<kLevels>& cut) {
+  const int lane = threadIdx.x % 32;
+  const Level own = lane < kLevels ? read_level(p, lane) : Level{0, 0, 0};
+  float width[kLevels], height[kLevels];
+  int32_t pixels = 0;  // of the levels before
+  bool usual = true;   // the levels are all the pixels, one after the other
+#pragma unroll
+  for (int l = 0; l < kLevels; ++l) {
+    const int32_t columns = __shfl_sync(kAllLanes, own.width, l);
+    const int32_t rows = __shfl_sync(kAllLanes, own.height, l);
+    usual &= columns > 0 && __shfl_sync(kAllLanes, own.start, l) == pixels;
+    pixels += columns * rows;
+    width[l] = columns;
+    height[l] = rows;
+  }
+  usual &= pixels == p.queries;
+  const auto pieces_of = [&](float across, float down, float halo) {
+    const float part_x = __fdividef(1, across), part_y = __fdividef(1, down);
+    float pieces = 0, most_columns = 0;
+#pragma unroll
+    for (int l = 0; l < kLevels; ++l) {
+      const float columns = min(ceilf(width[l] * part_x) + halo, width[l] + 2);
+      pieces += window_pieces(columns, min(ceilf(height[l] * part_y) + halo, height[l] + 2));
+      most_columns = max(most_columns, columns);
+    }
+    return pieces + zero_pieces(most_columns);
+  };
+  const auto rows_of_regions = [&](float across) {
+    return floorf(__fdividef(layout.regions + 0.5f, across));
+  };
+  float across = min(lane + 1, layout.regions), down = rows_of_regions(across);
+  const float tried = pieces_of(across, down, kUsualHalo);
+  float least = tried;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    least = min(least, __shfl_xor_sync(kAllLanes, least, offset));
+  }
+  across = min(__ffs(__ballot_sync(kAllLanes, tried == least)), layout.regions);
+  down = rows_of_regions(across);
+  const unsigned fits =
+      __ballot_sync(kAllLanes, pieces_of(across, down, lane) <= layout.window_pieces);
+  const float halo = __popc(fits) - 1;
+  // Lane l works for level l.
+  const float part_x = __fdividef(1, across), part_y = __fdividef(1, down);
+  const float columns = min(ceilf(own.width * part_x) + halo, own.width + 2.f);
+  const float rows = min(ceilf(own.height * part_y) + halo, own.height + 2.f);
+  const int32_t pieces = window_pieces(columns, rows);
+  // A part may have one pixel more than the quotient, rounded up, where float rounds.
+  const int32_t queries =
+      static_cast<int32_t>((ceilf(own.width * part_x) + 1) * (ceilf(own.height * part_y) + 1));
+  int32_t before = 0, all_pieces = 0, all_queries = 0;
+  float most_columns = 0;
+#pragma unroll
+  for (int l = 0; l < kLevels; ++l) {
+    const int32_t pieces_of = __shfl_sync(kAllLanes, pieces, l);
+    before += l < lane ? pieces_of : 0;
+    all_pieces += pieces_of;
+    all_queries += __shfl_sync(kAllLanes, queries, l);
+    most_columns = max(most_columns, __shfl_sync(kAllLanes, columns, l));
+  }
+  if (lane < kLevels) {
+    cut.levels[lane] = own;
+    cut.columns[lane] = columns;
+    cut.rows[lane] = rows;
+    cut.pitch[lane] = (cut.columns[lane] * kPixelPieces + 1) * 16;
+    cut.start[lane] = layout.windows + before * 16;
+  }
+  if (lane == 0) {
+    cut.zeros = layout.windows + all_pieces * 16;
+    cut.zero_pieces = zero_pieces(most_columns);
+    cut.across = usual && fits != 0 && all_queries <= layout.list_queries ? across : 0;
+    cut.down = down;
+  }
+}
+
+// Where a part of `size` begins; part `parts` begins at its end. In float, as a division of
+// integers takes long. It grows with part, whatever is rounded.
+__device__ __forceinline__ int32_t start_of_part(int32_t part, int32_t size, int32_t parts) {
+  return part == parts ? size : min(size, __float2int_rn(part * __fdividef(size, parts)));
+}
+
+// The queries of a region, by its index among across * down. By one warp.
+template <int kLevels>
+__device__ __forceinline__ void find_region(const Cut<kLevels>& cut, int32_t across, int32_t down,
+                                            int32_t index, Region<kLevels>& region) {
+  const int lane = threadIdx.x % 32;
+  const int32_t y = index / across, x = index - y * across;
+  const Level& own = cut.levels[min(lane, kLevels - 1)];
+  Part queries;
+  queries.column = start_of_part(x, own.width, across);
+  queries.row = start_of_part(y, own.height, down);
+  queries.columns = start_of_part(x + 1, own.width, across) - queries.column;
+  queries.rows = start_of_part(y + 1, own.height, down) - queries.row;
+  const int32_t count = queries.columns * queries.rows;
+  int32_t first = 0, all = 0;
+#pragma unroll
+  for (int l = 0; l < kLevels; ++l) {
+    const int32_t count_of = __shfl_sync(kAllLanes, count, l);
+    first += l < lane ? count_of : 0;
+    all += count_of;
+  }
+  if (lane < kLevels) {
+    region.queries[lane] = queries;
+    region.first[lane] = first;
+  }
+  if (lane == 0) {
+    region.x = x;
+    region.y = y;
+    region.count = all;
+  }
+}
+
+struct PixelQuery {
+  int32_t query, level, column, row;
+};
+
+// Of the region's queries, by its index among them.
+template <int kLevels>
+__device__ __forceinline__ PixelQuery query_of_region(const Cut<kLevels>& cut,
+                                                      const Region<kLevels>& region,
+                                                      int32_t index) {
+  int level = 0;
+#pragma unroll
+  for (int l = 1; l < kLevels; ++l) level += index >= region.first[l];
+  const Part& part = region.queries[level];
+  index -= region.first[level];
+  const int32_t row = static_cast<int32_t>(__fdividef(index + 0.5f, part.columns));
+  PixelQuery found{0, level, part.column + index - row * part.columns, part.row + row};
+  const Level& of = cut.levels[level];
+  found.query = of.start + found.row * of.width + found.column;
+  return found;
+}
+
+}  // namespace ms_deform_attn::cuda

@@ -1,0 +1,59 @@
+"""Encoders that a GPU serves through windows in shared memory, in half types (cuda/windows.cuh)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import HALF_DTYPES, Case, assert_close, make_fused_inputs, make_inputs
+
+SIZES = {"queries": 4352, "channels": 32, "locations": "encoder"}
+CASES = [
+    Case("three_levels", ((16, 16), (32, 32), (48, 64)), **SIZES),
+    Case("four_levels", ((40, 80), (24, 32), (16, 16), (8, 16)), **SIZES),
+    Case("five_levels", ((40, 80), (24, 32), (16, 16), (8, 14), (4, 4)), **SIZES),
+]
+
+
+def make(case, dtype, device, fused, far=False):
+    """An encoder's inputs; far: with points that windows would miss, which only the GPU finds out.
+
+    A GPU gets as many points as it wants for windows, 65536 for each multiprocessor.
+    """
+    assert case.pixels == case.queries
+    case = replace(case, batch=24, heads=8) if device == "cuda" else replace(case, batch=1, heads=1)
+    if fused:
+        inputs = make_fused_inputs(case, dtype, device)
+        inputs.sampling_offsets *= 10 if far else 1
+        return inputs
+    return make_inputs(replace(case, locations="uniform") if far else case, dtype, device)
+
+
+def operator(functions, fused):
+    return functions.fused_ms_deform_attn if fused else functions.ms_deform_attn
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_reference(kernel, device, case, dtype, fused, far):
+    inputs = make(case, dtype, device, fused, far)
+    output = operator(kernel, fused)(*inputs.args)
+    assert_close(output, operator(kernel.reference, fused)(*inputs.double().args), "output")
+    assert torch.equal(operator(kernel, fused)(*inputs.args), output)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_that_are_not_finite(kernel, device, case, fused):
+    """They reach the rows that sample them, and no others."""
+    inputs = make(case, torch.float16, device, fused)
+    value = inputs.value.view(-1)
+    for i, bad in enumerate([torch.inf, -torch.inf, torch.nan]):
+        value[1000 + i :: 50021] = bad
+    output = operator(kernel, fused)(*inputs.args)
+    expected = operator(kernel.reference, fused)(*inputs.double().args)
+    assert not expected.isfinite().all()
+    assert torch.equal(output.isnan(), expected.isnan())
+    assert torch.equal(output.isposinf(), expected.isposinf())
+    assert torch.equal(output.isneginf(), expected.isneginf())
