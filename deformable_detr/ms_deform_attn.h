@@ -54,7 +54,7 @@ struct Params {
   double offset_scale;            // for 4 coordinates
 
   // Scratch of the forward on a GPU, or null: cuda::forward_scratch() bytes.
-  void* windows;  // [batch, heads] of int32_t: see cuda/windows.cuh
+  void* windows;  // see cuda/windows.cuh
 
   MSDA_HOST_DEVICE bool fused() const { return reference_points.data != nullptr; }
 };

@@ -73,6 +73,7 @@ struct Problem {
   // The queries are the pixels, and most of their points are near, as in an encoder. The forward in
   // half types alone.
   bool encoder = false;
+  bool far = false;  // its points lie anywhere, so that windows leave them
 };
 
 template <typename T>
@@ -160,7 +161,7 @@ BackwardParams make_params(const Problem& problem, Tensors<T>& tensors) {
     tensors.grad_references.assign(rows * size, NAN);
   }
   fill(tensors.grad_output, rows * p.channels, -1, 1);
-  if (problem.encoder) move_points(problem, p, tensors);
+  if (problem.encoder && !problem.far) move_points(problem, p, tensors);
   tensors.locations[3] = static_cast<T>(NAN);
   tensors.locations[8] = static_cast<T>(INFINITY);
   const T garbage = static_cast<T>(NAN);  // every element is to be written
@@ -441,7 +442,7 @@ std::vector<Problem> make_problems() {
   // Encoders that are served through windows: with as many points as that takes.
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-  const auto add_encoder = [&](std::vector<int64_t> shapes, int32_t coordinates,
+  const auto add_encoder = [&](std::vector<int64_t> shapes, int32_t coordinates, bool far = false,
                                std::vector<int64_t> told = {}, std::vector<int64_t> starts = {}) {
     constexpr int32_t kHeads = 3;
     int64_t queries = 0;
@@ -449,12 +450,14 @@ std::vector<Problem> make_problems() {
     const std::vector<int32_t> points(shapes.size() / 2, 4);
     const int64_t of_batch = queries * kHeads * points.size() * 4;
     problems.push_back({65536 * multiprocessors / of_batch + 1, queries, kHeads, 32, shapes, points,
-                        Method::bilinear, coordinates, false, told, starts, true});
+                        Method::bilinear, coordinates, false, told, starts, true, far});
   };
   add_encoder({20, 20, 10, 10, 5, 5}, 2);
   add_encoder({32, 48, 16, 24, 8, 12, 4, 6}, 0);
   add_encoder({24, 20, 12, 10, 6, 5, 3, 3, 2, 2}, 2);
-  add_encoder({12, 17, 4, 8, 2, 3}, 0, {12, 18, 4, 8, 2, 3}, {0, 204, 236});
+  add_encoder({20, 20, 10, 10, 5, 5}, 0, true);
+  add_encoder({24, 20, 12, 10, 6, 5, 3, 3}, 2, true);
+  add_encoder({12, 17, 4, 8, 2, 3}, 0, false, {12, 18, 4, 8, 2, 3}, {0, 204, 236});
 #endif
   // Levels of 12 * 17 and 4 * 8 pixels, which say that they are others.
   constexpr int64_t kHuge = int64_t(1) << 62, kInt32 = int64_t(1) << 31;

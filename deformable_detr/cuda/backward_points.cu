@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   const int own_slot = first_slot + lane * Layout::kPitch;
   const bool strips = queries_are_pixels(p);
 
-  TeamRow row = find_row<Layout>(p, first_batch, blockIdx.x);
+  TeamRow row = find_row<Layout>(p, first_batch + blockIdx.z, blockIdx.y, blockIdx.x);
   PointReader<scalar_t, kSource> reader;
   const auto read_first = [&] {
     reader.seek(p, row.index, row.query_index(p), lane);

@@ -37,12 +37,39 @@ template <typename scalar_t, Source kSource>
 constexpr bool kForwardStrips = sizeof(scalar_t) > 2 && !kIsFused<kSource>;
 constexpr int kStripTiles = 4;
 
+// The tile that a block fetched of a call that windows left. In shared memory, as every register
+// is taken.
+struct alignas(16) FetchedTile {
+  int32_t queries, head_block, batch;
+  int32_t index;  // of all tiles, one batch after the other
+
+  // Forwards. By one thread, without divisions.
+  template <typename Layout>
+  __device__ __forceinline__ void move(const Params& p, int32_t to) {
+    const int32_t tiles = ceil_div(static_cast<int32_t>(p.queries), Layout::kTileQueries);
+    const int32_t head_blocks = ceil_div(p.heads, Layout::kTileHeads);
+    FetchedTile tile = *this;
+    tile.queries += to - tile.index;
+    tile.index = to;
+    for (; tile.queries >= tiles; tile.queries -= tiles) {
+      if (++tile.head_block < head_blocks) continue;
+      tile.head_block = 0;
+      ++tile.batch;
+    }
+    *this = tile;
+  }
+};
+
 // kTiles: adjacent tiles that a block serves, of which the next finds samples of the last in L1.
-// kAfterWindows: whether windows may have served the call, before.
+// kIfLeft: the call is an encoder's that windows may have served before. Blocks that end at once
+// take time, too, so there are only as many as run at once, and they fetch tiles. With a fixed
+// share of the tiles they would end at different times: on an H100, 2026-11-28, ddetr_encoder_b4
+// fp16 with offsets times 2 takes 273 us then instead of 242.
 template <typename scalar_t, Source kSource, int kVec, int kLanes, typename Schedule, int kTiles,
-          bool kAfterWindows = false>
+          bool kIfLeft = false>
 __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
-    forward_kernel(const __grid_constant__ Params p, int64_t first_batch) {
+    forward_kernel(const __grid_constant__ std::conditional_t<kIfLeft, UsualParams, Params> p,
+                   int64_t first_batch) {
   using acc = acc_t<scalar_t>;
   constexpr int kSplit = Schedule::kSplit, kAhead = Schedule::kAhead;
   constexpr bool kCompact = Schedule::kCompact, kFused = kIsFused<kSource>;
@@ -61,13 +88,27 @@ __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
   const int group_slot = Layout::first_slot() + split * Layout::kPitch;
   const bool strips = !kCompact && kForwardStrips<scalar_t, kSource> && queries_are_pixels(p);
 
-  const int64_t first_tile = int64_t(blockIdx.x) * kTiles;
-  TeamRow row = find_row<Layout>(p, first_batch, first_tile);
-  if constexpr (kAfterWindows) {
+  __shared__ FetchedTile fetched;
+  const auto row_of = [&](int tile) {
+    if constexpr (kIfLeft) {
+      return find_row<Layout>(p, fetched.batch, fetched.head_block, fetched.queries);
+    } else {
+      return find_row<Layout>(p, first_batch + blockIdx.z, blockIdx.y,
+                              int64_t(blockIdx.x) * kTiles + tile);
+    }
+  };
+  TeamRow row;
+  if constexpr (kIfLeft) {
     // Blocks may end while windows are still being served. One waits for them, and with it whatever
     // follows in the stream.
-    if (blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_kernel();
+    if (blockIdx.x == 0) wait_for_previous_kernel();
     if (!left_by_windows(p)) return;
+    if (threadIdx.x == 0) {
+      fetched = {};
+      fetched.move<Layout>(p, blockIdx.x);
+    }
+  } else {
+    row = row_of(0);
   }
   PointReader<scalar_t, kSource> reader;
   // A compact kernel reads a point where it is used, the others one stage before.
@@ -84,16 +125,23 @@ __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
     // The first points are on their way while the levels arrive.
     LevelLoader<LevelEntry> level_loader;
     level_loader.load(p);
-    if (!strips) read_first();
+    if (!strips && !kIfLeft) read_first();
     level_loader.store(p, levels);
   } else {
     read_first();
   }
 
-  for (int tile = 0; tile < kTiles; ++tile) {
-    if (tile > 0) row = find_row<Layout>(p, first_batch, first_tile + tile);
+  int32_t next_tile = 0;
+  for (int tile = 0; kIfLeft || tile < kTiles; ++tile) {
+    if (kIfLeft && fetched.batch >= p.batch) return;
+    if (kIfLeft || tile > 0) row = row_of(tile);
     if (strips) follow_strips(p, levels, row);
-    if (strips || tile > 0) read_first();
+    if (strips || kIfLeft || tile > 0) read_first();
+    if constexpr (kIfLeft) {
+      __syncthreads();
+      // It arrives while this tile is served.
+      if (threadIdx.x == 0) next_tile = atomicAdd(fetched_tiles(p), 1) + gridDim.x;
+    }
     const scalar_t* value = static_cast<const scalar_t*>(p.value) +
                             (row.batch * p.spatial_size * p.heads + row.head) * p.channels;
 
@@ -114,7 +162,7 @@ __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
       PointCursor cursor(p, lane);
       for (int32_t first = 0; first < all_points; first += Layout::kTeam) {
         // Each lane works out one point.
-        const bool has_point = first + lane < row.points;
+        const bool has_point = kIfLeft ? row.active() : first + lane < row.points;
         if constexpr (kCompact) read(first + lane);
         acc weight = 0;
         if constexpr (kFused) {
@@ -146,7 +194,8 @@ __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
         // Each group adds up its points.
 #pragma unroll(kCompact ? 1 : kLanes / kAhead)
         for (int i = 0; i < kLanes; i += kAhead) {
-          if ((kAhead > 1 || i % 4 == 0) && first + i * kSplit >= all_points) break;
+          // An encoder's stages are whole ones.
+          if (!kIfLeft && (kAhead > 1 || i % 4 == 0) && first + i * kSplit >= all_points) break;
           PerCorner<acc> of[kAhead];
 #pragma unroll
           for (int k = 0; k < kAhead; ++k) {
@@ -197,13 +246,17 @@ __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
             p, levels, row, channel, stores && finite != 0, {softmax.largest, scale});
       }
     }
+    if constexpr (kIfLeft) {
+      if (threadIdx.x == 0) fetched.move<Layout>(p, next_tile);
+      __syncthreads();
+    }
   }
 }
 
 // ---------------------------------------------------------------------------------------- launcher
 
 template <typename scalar_t, int kVec, int kLanes, typename Schedule>
-void launch_forward(const Params& p, void* stream, bool after_windows = false) {
+void launch_forward(const Params& p, void* stream) {
   using Layout = cuda::Layout<kLanes, Schedule::kSplit, Schedule::kThreads>;
   with_source<scalar_t>(p, [&](auto source) {
     const int64_t level_bytes =
@@ -219,17 +272,6 @@ void launch_forward(const Params& p, void* stream, bool after_windows = false) {
         return launch_tiles(std::integral_constant<int, kStripTiles>{});
       }
     }
-    if constexpr (sizeof(scalar_t) == 2 && kVec * kLanes == 32 && Schedule::kAhead == 1 &&
-                  !kIsMixed<source.value>) {
-      if (after_windows) {
-        // Fewer blocks, as most often they end at once: 20000 would take 20 us for that.
-        const Grid grid{Layout::query_blocks(p, kStripTiles), Layout::head_blocks(p),
-                        Schedule::kThreads, level_bytes, DeviceLimits().overlaps_kernels};
-        return launch(
-            forward_kernel<scalar_t, source.value, kVec, kLanes, Schedule, kStripTiles, true>, p,
-            grid, stream);
-      }
-    }
     launch_tiles(std::integral_constant<int, 1>{});
   });
 }
@@ -237,6 +279,27 @@ void launch_forward(const Params& p, void* stream, bool after_windows = false) {
 // Half types are faster in small blocks.
 template <typename scalar_t>
 using Plain = Schedule<1, 1, sizeof(scalar_t) == 2 ? kThreads / 2 : kThreads>;
+
+// After forward_windows().
+void launch_if_left(const Params& p, void* stream) {
+  const DeviceLimits limits;
+  const auto launch_as = [&](auto zero, auto source) {
+    using scalar_t = decltype(zero);
+    using Schedule = Plain<scalar_t>;
+    constexpr int kVec = 16 / sizeof(scalar_t);
+    const Grid grid{int64_t(limits.multiprocessors) * Schedule::kBlocks, 1, Schedule::kThreads,
+                    p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>)),
+                    limits.overlaps_kernels};
+    launch_blocks(forward_kernel<scalar_t, source.value, kVec, UsualParams::channels / kVec,
+                                 Schedule, 1, true>,
+                  grid, 1, stream, UsualParams{p}, int64_t{0});
+  };
+  const auto launch_source = [&](auto zero) {
+    p.fused() ? launch_as(zero, std::integral_constant<Source, Source::fused>{})
+              : launch_as(zero, std::integral_constant<Source, Source::plain>{});
+  };
+  p.value_dtype == DType::f16 ? launch_source(half_t{}) : launch_source(bfloat16_t{});
+}
 
 // choose<scalar_t, kLanes, kVec>(p, [&](auto schedule) { ... }): with fewer rows a GPU waits for
 // memory more than for anything else. On an H100, 2026-11-28, in us, beside what was there before:
@@ -278,7 +341,7 @@ void choose(const Params& p, Function&& function) {
 // ------------------------------------------------------------------------------------------- entry
 
 void forward(const Params& params, void* stream) {
-  const bool after_windows = forward_windows(params, stream);
+  if (forward_windows(params, stream)) return launch_if_left(params, stream);
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     constexpr int kVec = 16 / sizeof(scalar_t);
@@ -286,9 +349,6 @@ void forward(const Params& params, void* stream) {
       return launch_forward<scalar_t, 1, 32, Plain<scalar_t>>(params, stream);
     }
     with_lanes<2, 32>(params.channels / kVec, [&](auto lanes) {
-      if (after_windows) {
-        return launch_forward<scalar_t, kVec, lanes.value, Plain<scalar_t>>(params, stream, true);
-      }
       choose<scalar_t, lanes.value, kVec>(params, [&](auto schedule) {
         launch_forward<scalar_t, kVec, lanes.value, decltype(schedule)>(params, stream);
       });

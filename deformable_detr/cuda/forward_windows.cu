@@ -32,18 +32,6 @@ __device__ __noinline__ void store_rows_not_finite(const Params& p, int64_t batc
   }
 }
 
-#if __CUDA_ARCH__ >= 800 || defined(MSDA_EMULATED)
-// The largest logit of a stage's first query, or second, for each lane's own.
-__device__ __forceinline__ float largest_of_query(float logit, bool second) {
-  // As integers in the same order.
-  const auto ordered = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
-  const int32_t own = ordered(__float_as_int(logit));
-  const int32_t first = __reduce_max_sync(kAllLanes, second ? INT32_MIN : own);
-  const int32_t other = __reduce_max_sync(kAllLanes, second ? own : INT32_MIN);
-  return __int_as_float(ordered(second ? other : first));
-}
-#endif
-
 template <typename scalar_t, bool kFused, int kLevels>
 __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
     windows_kernel(const __grid_constant__ Params p, int64_t first_batch, WindowLayout layout) {
@@ -62,10 +50,16 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
   const int32_t index = blockIdx.x / p.heads, head = blockIdx.x - index * p.heads;
   const int64_t batch = first_batch + blockIdx.z;
 
-  wait_for_previous_kernel();
-  if (left_by_windows(p)) return;
-  // Only here: what is left is served faster where these blocks' shared memory is L1 again.
-  let_next_kernel_start();
+  const auto is_left = [&] {
+    wait_for_previous_kernel();
+    if (left_by_windows(p, true)) return true;
+    // Only here: what is left is served faster where these blocks' shared memory is L1 again.
+    let_next_kernel_start();
+    return false;
+  };
+  // The first blocks are there before choose_kernel ends, and prepare meanwhile.
+  const bool first = blockIdx.z == 0 && blockIdx.x < layout.first_blocks;
+  if (!first && is_left()) return;
   if (warp == 0) {
     cut_image(p, layout, cut);
     __syncwarp();
@@ -73,7 +67,10 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
     if (lane == 0) not_finite = false;
   }
   __syncthreads();
-  if (index >= cut.across * cut.down || region.count == 0) return;
+  if (index >= cut.across * cut.down || region.count == 0) {
+    if (first) wait_for_previous_kernel();
+    return;
+  }
   // Some warps place the windows, the others list the queries.
   if (warp < kLevels) {
     place_window<scalar_t, kFused>(p, cut, region, warp, batch, head);
@@ -87,6 +84,7 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
       store_shared(memory_at + cut.zeros + i * 16, make_uint4(0, 0, 0, 0));
     }
   }
+  if (first && is_left()) return;
   __syncthreads();
   const scalar_t* const value =
       static_cast<const scalar_t*>(p.value) + (batch * p.spatial_size * p.heads + head) * 32;
@@ -337,9 +335,9 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
 
 // Every condition of a call that is to be served through windows. No regions: it is not.
 //
-// A call that is left takes 20 us more (choose_kernel, blocks that end at once, and the rest). So
-// small calls are not asked: on an H100, 2026-11-28, in us, mask2former_b2 would gain 8 of 93, and
-// ddetr_encoder_b1 4 of 65. One level would gain nothing.
+// To choose, and to end the blocks of a call that is left, takes 5 to 10 us. So small calls are not
+// asked: on an H100, 2026-11-28, in us, mask2former_b2 would gain 8 of 93, and ddetr_encoder_b1 4
+// of 65. One level would gain nothing.
 WindowLayout find_layout(const Params& p) {
   constexpr int64_t kMinPoints = 65536;  // of each multiprocessor
   const auto has_value_dtype = [&](std::initializer_list<Operand> operands) {
@@ -351,10 +349,8 @@ WindowLayout find_layout(const Params& p) {
   const bool fits = (p.value_dtype == DType::f16 || p.value_dtype == DType::bf16) &&
                     has_value_dtype({p.sampling_locations, p.attention_weights, p.reference_points,
                                      p.sampling_offsets, p.attention_logits}) &&
-                    p.method == Method::bilinear && queries_are_pixels(p) && p.channels == 32 &&
-                    p.points_per_level == 4 && p.levels >= 3 && p.levels <= 5 &&
-                    (!p.fused() || p.reference_coordinates == 2) && p.batch <= kMaxBlocksYZ &&
-                    Indexing<half_t, 8>::fits(p) &&
+                    UsualParams::fit(p) && queries_are_pixels(p) && p.levels >= 3 &&
+                    p.levels <= 5 && p.batch <= kMaxBlocksYZ && Indexing<half_t, 8>::fits(p) &&
                     p.spatial_size < (1 << 26);  // packed with four corners
   if (!fits) return {};
   const DeviceLimits limits;
@@ -370,7 +366,7 @@ WindowLayout find_layout(const Params& p) {
 }  // namespace
 
 int64_t forward_scratch(const Params& p) {
-  return find_layout(p).regions > 0 ? p.batch * p.heads * int64_t(sizeof(int32_t)) : 0;
+  return find_layout(p).regions > 0 ? (count_slices(p) + 1) * int64_t(sizeof(int32_t)) : 0;
 }
 
 bool forward_windows(const Params& p, void* stream) {

@@ -82,13 +82,15 @@ struct TeamRow {
   }
 };
 
+// In the tile at `tile` of those of a batch and of a block of heads.
 template <typename Layout>
-__device__ __forceinline__ TeamRow find_row(const Params& p, int64_t first_batch, int64_t tile) {
+__device__ __forceinline__ TeamRow find_row(const Params& p, int64_t batch, int32_t head_block,
+                                            int64_t tile) {
   const int team = threadIdx.x / Layout::kTeam;
   TeamRow row;
   row.query = tile * Layout::kTileQueries + team / Layout::kTileHeads;
-  row.batch = first_batch + blockIdx.z;
-  row.head = blockIdx.y * Layout::kTileHeads + team % Layout::kTileHeads;
+  row.batch = batch;
+  row.head = head_block * Layout::kTileHeads + team % Layout::kTileHeads;
   const bool active = row.query < p.queries && row.head < p.heads;
   row.points = active ? p.points : 0;
   row.index = active ? (row.batch * p.queries + row.query) * p.heads + row.head : 0;

@@ -17,12 +17,12 @@ __device__ __forceinline__ decltype(auto) find_level(const Params& p, const Leve
   }
 }
 
-// Stores the channels of lanes whose sum is not finite. The forward's kernels multiply what they have in
-// the place of a corner outside the map by zero, which makes NaN of an infinity that is no corner
-// of the point. Here such corners are left out. Not inlined and with its arguments by value, so
-// that it takes no registers from the kernel, to which it costs one test a row. To zero the corners
-// in the kernel instead costs 14 to 21%. The whole warp takes part, as a call by some of its lanes
-// would change the uniform registers of the others.
+// Stores the channels of lanes whose sum is not finite. The forward's kernels multiply what they
+// have in the place of a corner outside the map by zero, which makes NaN of an infinity that is no
+// corner of the point. Here such corners are left out. Not inlined and with its arguments by value,
+// so that it takes no registers from the kernel, to which it costs one test a row. To zero the
+// corners in the kernel instead costs 14 to 21%. The whole warp takes part, as a call by some of
+// its lanes would change the uniform registers of the others.
 template <typename scalar_t, Source kSource, int kVec, bool kCompact, typename LevelEntry>
 __device__ __noinline__ void store_not_finite(const Params& p, const LevelEntry* levels,
                                               TeamRow row, int32_t channel, bool stores,

@@ -41,6 +41,19 @@ auto with_source(const Params& p, Function&& function) {
               {p.sampling_locations, p.attention_weights});
 }
 
+// ------------------------------------------------------------------------------------------ params
+
+// Params of a call in the usual shape, which is constant to kernels that know this type.
+struct UsualParams : Params {
+  static constexpr int32_t points_per_level = 4, channels = 32, reference_coordinates = 2;
+  static constexpr Method method = Method::bilinear;
+
+  static bool fit(const Params& p) {
+    return p.points_per_level == points_per_level && p.channels == channels && p.method == method &&
+           (!p.fused() || p.reference_coordinates == reference_coordinates);
+  }
+};
+
 // ------------------------------------------------------------------------------------------ levels
 
 // What kernels keep of a level in shared memory.
@@ -91,18 +104,24 @@ __device__ __forceinline__ int32_t first_point_of_level(const Params& p, int32_t
 struct PointCursor {
   int32_t level, point;  // the point's index in the level
 
-  __device__ __forceinline__ PointCursor(const Params& p, int lane) : level(0), point(lane) {
+  template <typename ParamsType>
+  __device__ __forceinline__ PointCursor(const ParamsType& p, int lane) : level(0), point(lane) {
     settle(p);
   }
-  __device__ __forceinline__ void advance(const Params& p, int32_t step) {
+  template <typename ParamsType>
+  __device__ __forceinline__ void advance(const ParamsType& p, int32_t step) {
     point += step;
     settle(p);
   }
 
  private:
   // Beyond the last point, the level has no meaning.
-  __device__ __forceinline__ void settle(const Params& p) {
-    if (p.points_per_level > 0) {
+  template <typename ParamsType>
+  __device__ __forceinline__ void settle(const ParamsType& p) {
+    if constexpr (std::is_same_v<ParamsType, UsualParams>) {
+      level += point / p.points_per_level;
+      point %= p.points_per_level;
+    } else if (p.points_per_level > 0) {
       for (; point >= p.points_per_level; point -= p.points_per_level) ++level;
     } else {
       for (; level < p.levels && point >= p.level_points[level]; ++level) {
@@ -220,7 +239,8 @@ struct PointReader {
     return x[0];
   }
   // Of the point's query. Read only when asked for, as the query's heads and points share it.
-  __device__ __forceinline__ Reference<acc> reference(const Params& p, int32_t level) const {
+  template <typename ParamsType>
+  __device__ __forceinline__ Reference<acc> reference(const ParamsType& p, int32_t level) const {
     const DType dtype = p.reference_points.dtype;
     const char* at = references_at_ + (p.reference_levels > 1 ? level * reference_bytes(p) : 0);
     const bool has_box = p.reference_coordinates == 4;
@@ -252,7 +272,8 @@ struct PointReader {
   static __device__ __forceinline__ int32_t weight_bytes(const Params& p) {
     return One::bytes(weight_operand(p).dtype);
   }
-  static __device__ __forceinline__ int32_t reference_bytes(const Params& p) {
+  template <typename ParamsType>
+  static __device__ __forceinline__ int32_t reference_bytes(const ParamsType& p) {
     return p.reference_coordinates / 2 * Pair::bytes(p.reference_points.dtype);
   }
 };
@@ -265,9 +286,9 @@ struct Position {
   Coordinate<acc> x, y;
 };
 
-template <typename scalar_t, Source kSource>
+template <typename scalar_t, Source kSource, typename ParamsType>
 __device__ __forceinline__ Position<acc_t<scalar_t>> find_position(
-    const Params& p, const PointReader<scalar_t, kSource>& point, int32_t level_index,
+    const ParamsType& p, const PointReader<scalar_t, kSource>& point, int32_t level_index,
     const LevelEntry<scalar_t, kSource>& level) {
   using acc = acc_t<scalar_t>;
   const Xy<acc> xy = point.xy(p);
@@ -285,9 +306,9 @@ __device__ __forceinline__ Position<acc_t<scalar_t>> find_position(
   }
 }
 
-template <typename scalar_t, Source kSource>
+template <typename scalar_t, Source kSource, typename ParamsType>
 __device__ __forceinline__ Corners<acc_t<scalar_t>> find_corners(
-    const Params& p, const PointReader<scalar_t, kSource>& point, int32_t level_index,
+    const ParamsType& p, const PointReader<scalar_t, kSource>& point, int32_t level_index,
     const LevelEntry<scalar_t, kSource>& level) {
   const auto position = find_position(p, point, level_index, level);
   return Corners<acc_t<scalar_t>>(position.x, position.y, level, p.method);

@@ -127,10 +127,12 @@ struct Indexing {
     return kVec == 1 || heads * p.channels / kVec <= INT32_MAX;
   }
   // Of a pixel or query. Negative for kOutside.
-  static __device__ __forceinline__ int32_t offset(const Params& p, int32_t pixel) {
+  template <typename ParamsType>
+  static __device__ __forceinline__ int32_t offset(const ParamsType& p, int32_t pixel) {
     return kVec == 1 ? pixel : pixel * (p.heads * p.channels / kVec);
   }
-  static __device__ __forceinline__ int4 offsets(const Params& p, const int32_t (&pixel)[4]) {
+  template <typename ParamsType>
+  static __device__ __forceinline__ int4 offsets(const ParamsType& p, const int32_t (&pixel)[4]) {
     return make_int4(offset(p, pixel[0]), offset(p, pixel[1]), offset(p, pixel[2]),
                      offset(p, pixel[3]));
   }

@@ -9,40 +9,54 @@ namespace ms_deform_attn::cuda {
 
 // --------------------------------------------------------------------------------------- placement
 
-// The four points of a query in a level.
-struct Sampled {
-  float share_x, share_y;  // where the query is, as a share of the image
-  float x[4], y[4];        // in pixels
-  float mean_x, mean_y;    // how far all lanes' points are from their queries' own places, without
-                           // those that are far away or NaN
+// The four points of a query in a level, as they are given.
+template <typename scalar_t, bool kFused>
+struct PointsOfLevel {
+  Vec<scalar_t, 8> xy;
+  Vec<scalar_t, 2> reference;
+
+  __device__ __forceinline__ PointsOfLevel(const Params& p, int32_t levels, int32_t level,
+                                           int64_t batch, int32_t head, int32_t query) {
+    const int64_t of_batches = batch * p.queries + query;
+    const int64_t point = ((of_batches * p.heads + head) * levels + level) * 4;
+    xy = xy.load(
+        static_cast<const scalar_t*>(kFused ? p.sampling_offsets.data : p.sampling_locations.data) +
+        point * 2);
+    if constexpr (kFused) {
+      const int64_t at = of_batches * p.reference_levels + (p.reference_levels > 1 ? level : 0);
+      reference = reference.load(static_cast<const scalar_t*>(p.reference_points.data) + at * 2);
+    }
+  }
 };
 
-// Samples a level at 32 of the region's queries, of which each lane of the warp looks at one.
+// The same, in pixels.
+struct Sampled {
+  float share_x, share_y;  // where the query is, as a share of the image
+  float x[4], y[4];
+  float mean_x, mean_y;  // how far all lanes' points are from their queries' own places, without
+                         // those that are far away or NaN
+};
+
+// Each lane of the warp samples a level at one of 32 of `count` queries.
+__device__ __forceinline__ int32_t sampled_query(int64_t count) {
+  return static_cast<int32_t>((threadIdx.x % 32 + 0.5f) * (1.f / 32) * (count - 1));
+}
 template <typename scalar_t, bool kFused, int kLevels>
-__device__ __forceinline__ Sampled sample_level(const Params& p, const Cut<kLevels>& cut,
-                                                const Region<kLevels>& region, int32_t index,
-                                                int64_t batch, int32_t head) {
-  const int lane = threadIdx.x % 32;
-  const PixelQuery from = query_of_region(
-      cut, region, static_cast<int32_t>((lane + 0.5f) * (1.f / 32) * (region.count - 1)));
+__device__ __forceinline__ Sampled sample_level(const Cut<kLevels>& cut, int32_t index,
+                                                const PixelQuery& from,
+                                                const PointsOfLevel<scalar_t, kFused>& points) {
   const Level level = cut.levels[index], of = cut.levels[from.level];
   Sampled sampled;
   sampled.share_x = __fdividef(from.column + 0.5f, of.width);
   sampled.share_y = __fdividef(from.row + 0.5f, of.height);
   const float own_x = sampled.share_x * level.width - 0.5f;
   const float own_y = sampled.share_y * level.height - 0.5f;
-  const int64_t query = batch * p.queries + from.query;
-  const int64_t point = ((query * p.heads + head) * kLevels + index) * 4;
-  const auto* xy =
-      static_cast<const scalar_t*>(kFused ? p.sampling_offsets.data : p.sampling_locations.data);
   float of_points[8], x = -0.5f, y = -0.5f;
-  Vec<scalar_t, 8>::load(xy + point * 2).unpack(of_points);
+  points.xy.unpack(of_points);
   float scale_x = level.width, scale_y = level.height;
   if constexpr (kFused) {
     float reference[2];
-    const auto* references = static_cast<const scalar_t*>(p.reference_points.data);
-    const int64_t at = query * p.reference_levels + (p.reference_levels > 1 ? index : 0);
-    Vec<scalar_t, 2>::load(references + at * 2).unpack(reference);
+    points.reference.unpack(reference);
     x = fmaf(reference[0], scale_x, x);
     y = fmaf(reference[1], scale_y, y);
     scale_x = scale_y = 1;
@@ -77,7 +91,9 @@ template <typename scalar_t, bool kFused, int kLevels>
 __device__ __forceinline__ void place_window(const Params& p, const Cut<kLevels>& cut,
                                              Region<kLevels>& region, int32_t index, int64_t batch,
                                              int32_t head) {
-  const Sampled sampled = sample_level<scalar_t, kFused>(p, cut, region, index, batch, head);
+  const PixelQuery from = query_of_region(cut, region, sampled_query(region.count));
+  const PointsOfLevel<scalar_t, kFused> points(p, kLevels, index, batch, head, from.query);
+  const Sampled sampled = sample_level(cut, index, from, points);
   if (threadIdx.x % 32 > 0) return;
   const Level& level = cut.levels[index];
   const int32_t columns = cut.columns[index], rows = cut.rows[index];
@@ -111,6 +127,9 @@ __global__ void __launch_bounds__(kLevels * 32)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int32_t head = blockIdx.x;
   const int64_t batch = first_batch + blockIdx.z;
+  // On their way while the levels arrive.
+  const int32_t query = sampled_query(p.queries);
+  const PointsOfLevel<scalar_t, kFused> points(p, kLevels, warp, batch, head, query);
   if (warp == 0) {
     cut_image(p, layout, cut);
     __syncwarp();
@@ -119,7 +138,7 @@ __global__ void __launch_bounds__(kLevels * 32)
   }
   __syncthreads();
   if (cut.across > 0) {
-    const Sampled sampled = sample_level<scalar_t, kFused>(p, cut, image, warp, batch, head);
+    const Sampled sampled = sample_level(cut, warp, query_of_region(cut, image, query), points);
     const Level& level = cut.levels[warp];
     const int32_t columns = cut.columns[warp], rows = cut.rows[warp];
     // The window of the query's own region.
@@ -142,6 +161,7 @@ __global__ void __launch_bounds__(kLevels * 32)
   __syncthreads();
   if (threadIdx.x == 0) {
     static_cast<int32_t*>(p.windows)[batch * p.heads + head] = missed_points;
+    if (batch == 0 && head == 0) *fetched_tiles(p) = 0;
   }
 #endif
 }

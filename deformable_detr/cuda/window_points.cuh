@@ -84,6 +84,18 @@ struct Stage {
   }
 };
 
+#if __CUDA_ARCH__ >= 800 || defined(MSDA_EMULATED)
+// The largest logit of a stage's first query, or second, for each lane's own.
+__device__ __forceinline__ float largest_of_query(float logit, bool second) {
+  // As integers in the same order.
+  const auto ordered = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+  const int32_t own = ordered(__float_as_int(logit));
+  const int32_t first = __reduce_max_sync(kAllLanes, second ? INT32_MIN : own);
+  const int32_t other = __reduce_max_sync(kAllLanes, second ? own : INT32_MIN);
+  return __int_as_float(ordered(second ? other : first));
+}
+#endif
+
 // A warp's part of shared memory: a stage, where the corners of two points outside the windows are
 // put, and with five levels a stage of the fifth's points of eight queries, which are those of four
 // stages of the others.

@@ -37,13 +37,24 @@ constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kMostMissed = 4;          // percent
 constexpr int kSampledPoints = 32 * 4;  // of each level of a (batch, head)
 
-// From what choose_kernel counted in params.windows. Both kernels ask, and one of them serves. By
-// each warp; the kernel before has to have ended, or to have waited for choose_kernel.
-__device__ __forceinline__ bool left_by_windows(const Params& p) {
-  const int32_t slices = static_cast<int32_t>(p.batch) * p.heads;
+// params.windows: the sampled points that windows would miss, of each (batch, head), and then how
+// many tiles blocks have fetched of a call that is left.
+__host__ __device__ __forceinline__ int64_t count_slices(const Params& p) {
+  return p.batch * p.heads;
+}
+__device__ __forceinline__ int32_t* fetched_tiles(const Params& p) {
+  return static_cast<int32_t*>(p.windows) + count_slices(p);
+}
+
+// Both kernels ask, and one of them serves. By each warp; the kernel before has to have ended, or
+// to have waited for choose_kernel. through_l1: by blocks that waited, of which there are many.
+__device__ __forceinline__ bool left_by_windows(const Params& p, bool through_l1 = false) {
+  const int32_t slices = static_cast<int32_t>(count_slices(p));
   float missed = 0;
+#pragma unroll 1
   for (int32_t i = threadIdx.x % 32; i < slices; i += 32) {
-    missed += __ldcg(static_cast<const int32_t*>(p.windows) + i);
+    const int32_t* const of_slice = static_cast<const int32_t*>(p.windows) + i;
+    missed += through_l1 ? *of_slice : __ldcg(of_slice);
   }
   return team_sum<32>(missed) * 100 > float(kMostMissed * kSampledPoints) * p.levels * slices;
 }
@@ -54,7 +65,8 @@ __device__ __forceinline__ bool left_by_windows(const Params& p) {
 // list of the region's queries, the windows, and a place that is zero, as large as two pixels in
 // each of two rows.
 struct WindowLayout {
-  int32_t regions;  // of a (batch, head), at most
+  int32_t regions;       // of a (batch, head), at most
+  int32_t first_blocks;  // so many run at once
   int32_t list;
   int32_t list_queries;
   int32_t windows;
@@ -89,6 +101,7 @@ inline WindowLayout plan_windows(const Params& p, int warp_bytes, int64_t memory
   const auto layout_of = [&](int64_t regions) {
     WindowLayout layout{};
     layout.regions = static_cast<int32_t>(regions);
+    layout.first_blocks = multiprocessors * kWindowBlocks;
     layout.list = kWindowWarps * warp_bytes;
     const int64_t queries = ceil_div<int64_t>(p.queries, regions) * 5 / 4 + 128;
     layout.list_queries = static_cast<int32_t>(std::min(queries, kMaxListed) / 4 * 4);

@@ -36,8 +36,8 @@ inline void load_matrices(uint32_t (&a)[4], uint32_t row) {
   emulator::meet_warp(0);  // nobody writes there before all have read
 }
 
-// A lane holds of `a` the rows lane / 4 and 8 more, of both the columns 2 * (lane % 4) and the next,
-// and the same 8 further on; of `b` column lane / 4, in the same rows as `a`'s columns.
+// A lane holds of `a` the rows lane / 4 and 8 more, of both the columns 2 * (lane % 4) and the
+// next, and the same 8 further on; of `b` column lane / 4, in the same rows as `a`'s columns.
 template <typename scalar_t>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const emulator::Exchange low = emulator::meet_warp(a[0] | uint64_t(a[1]) << 32);
