@@ -32,32 +32,48 @@ struct Meeting {
   }
 };
 
+// Where a function that gave way goes on. swapcontext() asks the kernel at each switch, of which a
+// problem has millions. Two functions, as the compiler asks for, of which their callers
+// assume nothing: all registers are others afterwards. A sanitizer would take the one that never
+// returns for the end of the stack.
+struct Place {
+  void* registers[5];
+
+  __attribute__((noinline, noipa, noreturn, no_sanitize("address"))) void go_on() {
+    __builtin_longjmp(registers, 1);
+  }
+  __attribute__((noinline, noipa, no_sanitize("address"))) void leave_for(Place& other) {
+    if (__builtin_setjmp(registers) == 0) other.go_on();
+  }
+};
+
 struct Thread {
-  ucontext_t context;
-  uint3 index;
+  Place place;
+  std::unique_ptr<char[]> stack;
   bool done = false;
 };
 
-std::vector<Thread> threads;
+std::vector<Thread> pool;  // which are used again by every block
+size_t size;               // of the block
 std::vector<Meeting> warps;
 Meeting block;
 size_t current;
 int running;
-ucontext_t outside;
+Place outside;
 const std::function<void()>* body;
 
 // Lets the next thread run, or whoever started the block if all are done.
 void give_way() {
-  ucontext_t* from = &threads[current].context;
+  const size_t own = current;
   if (running == 0) {
-    swapcontext(from, &outside);
+    pool[own].place.leave_for(outside);
     return;
   }
   do {
-    current = (current + 1) % threads.size();
-  } while (threads[current].done);
-  thread_index = threads[current].index;
-  if (from != &threads[current].context) swapcontext(from, &threads[current].context);
+    current = current + 1 < size ? current + 1 : 0;
+  } while (pool[current].done);
+  thread_index.x = static_cast<unsigned>(current);
+  if (own != current) pool[own].place.leave_for(pool[current].place);
 }
 
 const Exchange& meet(Meeting& meeting, int place, uint64_t own) {
@@ -78,33 +94,42 @@ const Exchange& meet(Meeting& meeting, int place, uint64_t own) {
   return exchange;
 }
 
+// One of the pool, which waits here for the next block.
 void run_thread() {
-  (*body)();
-  threads[current].done = true;
-  --running;
-  for (Meeting* meeting : {&warps[thread_index.x / 32], &block}) {
-    --meeting->members;
-    meeting->close_if_all_are_here();
+  pool.back().place.leave_for(outside);
+  while (true) {
+    (*body)();
+    pool[current].done = true;
+    --running;
+    for (Meeting* meeting : {&warps[thread_index.x / 32], &block}) {
+      --meeting->members;
+      meeting->close_if_all_are_here();
+    }
+    give_way();
   }
-  give_way();
 }
 
-void run_block(const std::vector<std::unique_ptr<char[]>>& stacks) {
-  warps.assign((threads.size() + 31) / 32, {});
+void add_thread() {
+  pool.push_back({.stack = std::unique_ptr<char[]>(new char[kStackBytes])});
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = pool.back().stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  makecontext(&context, run_thread, 0);
+  if (__builtin_setjmp(outside.registers) == 0) setcontext(&context);
+}
+
+void run_block() {
+  warps.assign((size + 31) / 32, {});
   block = {};
-  running = block.members = static_cast<int>(threads.size());
-  for (size_t i = 0; i < threads.size(); ++i) {
-    threads[i].index = {static_cast<unsigned>(i), 0, 0};
-    threads[i].done = false;
+  running = block.members = static_cast<int>(size);
+  for (size_t i = 0; i < size; ++i) {
+    pool[i].done = false;
     ++warps[i / 32].members;
-    getcontext(&threads[i].context);
-    threads[i].context.uc_stack.ss_sp = stacks[i].get();
-    threads[i].context.uc_stack.ss_size = kStackBytes;
-    makecontext(&threads[i].context, run_thread, 0);
   }
   current = 0;
-  thread_index = threads[0].index;
-  swapcontext(&outside, &threads[0].context);
+  thread_index = {0, 0, 0};
+  outside.leave_for(pool[0].place);
 }
 
 }  // namespace
@@ -119,9 +144,8 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& thread) 
   grid_size = config.gridDim;
   block_size = config.blockDim;
   body = &thread;
-  threads.resize(block_size.x);
-  static std::vector<std::unique_ptr<char[]>> stacks;
-  while (stacks.size() < threads.size()) stacks.emplace_back(new char[kStackBytes]);
+  size = block_size.x;
+  while (pool.size() < size) add_thread();
   for (block_index.z = 0; block_index.z < grid_size.z; ++block_index.z) {
     for (block_index.y = 0; block_index.y < grid_size.y; ++block_index.y) {
       for (block_index.x = 0; block_index.x < grid_size.x; ++block_index.x) {
@@ -129,7 +153,7 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& thread) 
         const size_t bytes = config.dynamicSmemBytes;
         dynamic_shared = static_cast<char*>(std::malloc(bytes));
         if (bytes > 0) std::memset(dynamic_shared, 0xff, bytes);
-        run_block(stacks);
+        run_block();
         std::free(dynamic_shared);
       }
     }
