@@ -4,7 +4,7 @@
     python tools/sanitize.py address,undefined      # CPU: memory and undefined behaviour
     python tools/sanitize.py memcheck               # GPU; also racecheck, initcheck, synccheck
     python tools/sanitize.py none                   # CPU, none: a quick test of the kernels alone
-    python tools/sanitize.py address --emulate      # the GPU's kernels on the CPU; 12 minutes
+    python tools/sanitize.py address --emulate      # the GPU's kernels on the CPU; 6 minutes
     CXX=aarch64-linux-gnu-g++ python tools/sanitize.py none --emulator qemu-aarch64  # another CPU
 
 Each instruction set that the processor has is run. ``--emulate`` needs no GPU, only the CUDA
@@ -53,12 +53,13 @@ EMULATED = {
     r'asm\(""[^;]*;': "",
     r'asm\("mul\.wide.*;': "product = int64_t{a} * b;",
     r"\b__CUDACC__\b": "MSDA_EMULATED",
+    # One of the CPU's instruction sets will do for what is expected.
+    r"\bMSDA_X86_LEVELS 1\b": "MSDA_X86_LEVELS 0",
 }
 
 
 def compile_for_cpu(sanitizers: str, out: Path, static: bool) -> None:
-    flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
-    flags += ["-static"] if static else []
+    flags = [*sanitizing(sanitizers), *(["-static"] if static else [])]
     kernel = Kernel.open(ROOT)
     run_compiler(kernel, [*flags, *sources(kernel, "cpu"), HARNESS, "-o", out])
 
@@ -103,7 +104,7 @@ def compile_emulated(sanitizers: str, out: Path) -> None:
         objects = []
         flags = emulate((ROOT / "deformable_detr").rglob("*.*"), Path(folder))
         shutil.copy(ROOT / EMULATOR / "matrix.cuh", Path(folder) / "deformable_detr/cuda")
-        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
+        flags += sanitizing(sanitizers)
         with ThreadPoolExecutor() as compilers:
 
             def compile(source: Path | str, *arguments: str) -> None:
@@ -135,6 +136,11 @@ def compile_emulated_library(source: Path, out: Path) -> None:
         run_compiler(Kernel.open(ROOT), [*flags, "-o", out])
 
 
+def sanitizing(sanitizers: str) -> list[str]:
+    """Flags; with what names the lines that a sanitizer reports, a quarter of the time."""
+    return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"] if sanitizers else []
+
+
 def sources(kernel: Kernel, backend: str) -> list[str]:
     section = kernel.config["kernel"][backend]
     return [source for source in section["src"] if source.endswith((".cpp", ".cu"))]
@@ -143,7 +149,7 @@ def sources(kernel: Kernel, backend: str) -> list[str]:
 def run_compiler(kernel: Kernel, arguments: list) -> None:
     major, minor = kernel.stable_abi("cpu")
     include = find_torch((major, minor)) / "include"
-    command = [find_compiler(), "-std=c++20", "-O2", "-g", "-I.", "-isystem", include]
+    command = [find_compiler(), "-std=c++20", "-O2", "-I.", "-isystem", include]
     command += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"]
     command += [*kernel.config["kernel"]["cpu"]["cxx-flags"], *arguments, "-pthread"]
     subprocess.run(command, cwd=ROOT, check=True)
