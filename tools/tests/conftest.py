@@ -15,14 +15,10 @@ from tools import kernel_builder
 ROOT = builder.ROOT
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conftest import device, kernel, operator  # noqa: E402, F401
+from conftest import device, kernel, operator, pytest_configure  # noqa: E402, F401
 
 KERNEL = builder.Kernel.open(ROOT)
 BACKENDS = [*KERNEL.backends, builder.UNIVERSAL]
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: what make test leaves to make test-all")
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """A stand-in for the Hub on this machine: kernel repositories over HTTP, kept in memory.
 
 It answers what huggingface_hub and kernels ask to create, fill, list and read a kernel repository,
-and it can be told to fail. What it knows of git is that a commit is a set of files, and it takes
-every file for a large one.
+and it can be told to fail. It knows branches and no history, and takes every file for a large one.
 """
 
 import hashlib
@@ -17,28 +16,25 @@ from urllib.parse import unquote, urlsplit
 
 class Repository:
     def __init__(self, files: dict[str, bytes], branch: str = "main"):
-        self.commits, self.refs = {}, {}
-        self.commit(branch, files)
+        self.branches = {branch: files}
 
-    def commit(self, branch: str, files: dict[str, bytes]) -> str:
-        listing = repr((branch, self.refs.get(branch), sorted(files.items())))
-        commit = hashlib.sha1(listing.encode()).hexdigest()
-        self.commits[commit], self.refs[branch] = dict(files), commit
-        return commit
+    def commits(self) -> dict[str, str]:
+        """Each branch's last, which is known by its files."""
+        return {
+            branch: oid(repr(sorted((name, oid(x)) for name, x in files.items())).encode())[:40]
+            for branch, files in self.branches.items()
+        }
 
-    def find(self, revision: str) -> str:
-        """The commit of a branch, a full ref or a commit."""
-        found = self.refs.get(revision.removeprefix("refs/heads/"), revision)
-        if found not in self.commits:
-            raise Refusal(404, f"there is no revision {revision}", "RevisionNotFound")
-        return found
-
-    def files(self, revision: str) -> dict[str, bytes]:
-        return self.commits[self.find(revision)]
+    def find(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        """The commit of a branch, a full ref or a commit, and its files."""
+        for branch, commit in self.commits().items():
+            if revision in (branch, f"refs/heads/{branch}", commit):
+                return commit, self.branches[branch]
+        raise Refusal(404, f"there is no revision {revision}", "RevisionNotFound")
 
     def tree(self, revision: str) -> list[dict]:
         """Its folders and files."""
-        files = self.files(revision)
+        _, files = self.find(revision)
         folders = {str(folder) for file in files for folder in PurePosixPath(file).parents} - {"."}
         entries = {folder: ("directory", folder, 0) for folder in folders}
         entries |= {file: ("file", oid(content), len(content)) for file, content in files.items()}
@@ -90,24 +86,30 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self):
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = urlsplit(self.path).path
         request = f"{self.command} {unquote(path)}"
         self.server.requests.append(request)
         matching = (f for f in self.server.faults if f.times > 0 and re.search(f.request, request))
         fault = next(matching, None)
+        status, headers = 200, {}
         try:
             if fault is not None:
                 fault.times -= 1
                 if fault.sent is None:
                     raise Refusal(fault.status, "the stand-in was told to fail", "")
-            status, content, headers = self.find([unquote(x) for x in path.split("/")[1:]])
+            content = self.find(self.command, [unquote(x) for x in path.split("/")[1:]], body)
         except Refusal as refusal:
             status, message, code = refusal.args
             content, headers = {}, {"X-Error-Message": message, "X-Error-Code": code}
-        if not isinstance(content, bytes):
+        if isinstance(content, tuple):  # a file's bytes from the first on that is asked for
+            commit, whole = content
+            first = int(re.search(r"\d+", self.headers.get("Range", "bytes=0-"))[0])
+            headers = {"ETag": f'"{oid(whole)}"', "X-Repo-Commit": commit}
+            headers["Content-Range"] = f"bytes {first}-{len(whole) - 1}/{len(whole)}"
+            status, content = 206 if first else 200, whole[first:]
+        else:
             content = json.dumps(content).encode()
-            headers["Content-Type"] = "application/json"
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
@@ -118,79 +120,67 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
-    def find(self, path: list[str]) -> tuple[int, object, dict[str, str]]:
-        """Status, content and headers."""
+    def find(self, method: str, path: list[str], body: bytes) -> object:
+        """What becomes JSON, or a file with its commit."""
         hub = self.server
         match path:
             case ["api", "validate-yaml"]:
-                return 200, {"errors": [], "warnings": []}, {}
+                return {"errors": [], "warnings": []}
             case ["api", "repos", "create"]:
-                wanted = json.loads(self.body)
+                wanted = json.loads(body)
                 repo_id = f"{wanted['organization']}/{wanted['name']}"
                 hub.repositories[repo_id] = Repository({".gitattributes": b""})
-                return 200, {"url": f"{hub.url}/kernels/{repo_id}", "name": repo_id}, {}
+                return {"url": f"{hub.url}/kernels/{repo_id}", "name": repo_id}
             case ["objects", name]:
-                hub.objects[name] = self.body
-                return 200, {}, {}
+                hub.objects[name] = body
+                return {}
             case ["api", "kernels", *words] | ["kernels", *words]:
                 repo_id = "/".join(words[:2]).removesuffix(".git")
                 if repo_id not in hub.repositories:
                     raise Refusal(404, f"there is no {repo_id}", "RepoNotFound")
-                repository = hub.repositories[repo_id]
-                if words[2] == "resolve":
-                    return self.download(repository, words[3], "/".join(words[4:]))
-                return 200, self.ask(repository, words[2:]), {}
+                return self.ask(hub.repositories[repo_id], method, words[2:], body)
         raise Refusal(404, f"the stand-in does not know {path}", "")
 
-    def download(self, repository: Repository, revision: str, path: str) -> tuple:
-        content = repository.files(revision)[path]
-        first = int(re.search(r"\d+", self.headers.get("Range", "bytes=0-"))[0])
-        headers = {"ETag": f'"{oid(content)}"', "X-Repo-Commit": repository.find(revision)}
-        headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        return 206 if first else 200, content[first:], headers
-
-    def ask(self, repository: Repository, words: list[str]) -> object:
-        """What the API answers, as JSON."""
-        match [self.command, *words]:
+    def ask(self, repository: Repository, method: str, words: list[str], body: bytes) -> object:
+        branches = repository.branches
+        match [method, *words]:
+            case ["GET" | "HEAD", "resolve", revision, *path]:
+                commit, files = repository.find(revision)
+                return commit, files["/".join(path)]
             case ["POST", "branch", name]:
-                repository.refs[name] = repository.refs["main"]
+                branches[name] = dict(branches["main"])
                 return {}
             case ["DELETE", "branch", name]:
-                del repository.refs[name]
+                del branches[name]
                 return {}
             case ["GET", "refs"]:
-                branches = [
+                refs = [
                     {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
-                    for name, commit in repository.refs.items()
+                    for name, commit in repository.commits().items()
                 ]
-                return {"branches": branches, "converts": [], "tags": []}
+                return {"branches": refs, "converts": [], "tags": []}
             case ["GET", "revision", revision]:
-                return {"_id": "0", "id": "0", "sha": repository.find(revision)}
+                return {"_id": "0", "id": "0", "sha": repository.find(revision)[0]}
             case ["GET", "tree", revision, *folder]:  # with what is in its folders, asked or not
                 start = "".join(f"{name}/" for name in folder)
                 return [x for x in repository.tree(revision) if x["path"].startswith(start)]
-            case ["POST", "preupload", revision]:
-                there = {entry["path"]: entry["oid"] for entry in repository.tree(revision)}
-                files = json.loads(self.body)["files"]
-                for file in files:
-                    file |= {"uploadMode": "lfs", "shouldIgnore": False}
-                    file["oid"] = there.get(file["path"])
-                return {"files": files}
+            case ["POST", "preupload", _]:
+                files = json.loads(body)["files"]
+                return {"files": [{**x, "uploadMode": "lfs", "shouldIgnore": False} for x in files]}
             case ["POST", "info", "lfs", "objects", "batch"]:
-                entries = json.loads(self.body)["objects"]
+                entries = json.loads(body)["objects"]
                 for entry in (x for x in entries if x["oid"] not in self.server.objects):
                     href = f"{self.server.url}/objects/{entry['oid']}"
                     entry["actions"] = {"upload": {"href": href}}
                 return {"transfer": "basic", "objects": entries}
-            case ["POST", "commit", revision]:
-                files = dict(repository.files(revision))
-                for operation in map(json.loads, self.body.splitlines()):
+            case ["POST", "commit", branch]:
+                for operation in map(json.loads, body.splitlines()):
                     value = operation["value"]
                     if operation["key"] == "deletedFile":
-                        del files[value["path"]]
+                        del branches[branch][value["path"]]
                     elif operation["key"] == "lfsFile":
-                        files[value["path"]] = self.server.objects[value["oid"]]
-                commit = repository.commit(revision, files)
+                        branches[branch][value["path"]] = self.server.objects[value["oid"]]
+                commit = repository.commits()[branch]
                 url = f"{self.server.url}/kernels/org/name/commit/{commit}"
                 return {"commitOid": commit, "commitUrl": url}
         raise Refusal(404, f"the stand-in does not know {words}", "")

@@ -1,14 +1,11 @@
 """The build: build.toml, workflows, tools/build.py, and the variants it wrote into build/."""
 
-import ast
-import fnmatch
 import functools
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,9 +46,6 @@ def test_build_toml_lists_every_native_file() -> None:
             for header in re.findall(r'^#include "(.+)"', (ROOT / source).read_text(), re.M):
                 found = {header, str(Path(source).parent / header)} & {*listed, "registration.h"}
                 assert found, f"{source} includes {header}"
-    everywhere = {source for backend in KERNEL.backends for source in KERNEL.sources(backend)}
-    native = {str(path.relative_to(ROOT)) for path in (ROOT / "deformable_detr").rglob("*.*")}
-    assert native <= everywhere
     general, universal = KERNEL.general("cpu"), KERNEL.general(builder.UNIVERSAL)
     assert {**universal, "backends": general["backends"]} == general
 
@@ -74,34 +68,6 @@ def test_the_cpu_sources_compile_without_a_warning(name: str, tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
 
 
-def test_workflows_are_pinned_and_name_what_exists() -> None:
-    """By commit, but for an action whose commits could not be seen. Sources start a release."""
-    files = [*ROOT.glob(".github/workflows/*.yml"), ROOT / ".ci" / "run"]
-    text = "\n".join(file.read_text() for file in files)
-    for action in set(re.findall(r"uses: (\S+)", text)) - {"huggingface/hf-jobs-action@main"}:
-        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action), action
-    assert "--repo-id" not in text  # build.toml names the repository, once
-    for name in set(re.findall(r"tools/\w+\.py|requirements[\w-]*\.txt", text)):
-        assert (ROOT / name).is_file(), name
-    filters = re.findall(r"^      - (\S+)$", text, re.M)  # paths of release.yml
-    inputs = [name for backend in KERNEL.backends for name in KERNEL.inputs(backend)]
-    for name in ("CARD.md", *inputs):  # of what kernel-builder builds
-        matching = any(fnmatch.fnmatch(name, pattern) for pattern in filters)
-        assert matching or name.startswith("tools/"), name  # of the local build
-
-
-@pytest.mark.parametrize("file", KERNEL.package_sources(builder.UNIVERSAL).values())
-def test_the_package_imports_what_the_hub_allows(file: str) -> None:
-    """Nothing but torch, Python's modules and its own, and Triton where there is Triton."""
-    known = {"torch", *sys.stdlib_module_names}
-    known |= {"triton"} if file.endswith("triton_kernels.py") else set()
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module]
-        assert {name.split(".")[0] for name in names} <= known
-
-
 # ----------------------------------------------------------------------------------- built variants
 
 
@@ -115,18 +81,16 @@ def test_variants_are_fit_to_be_published(variant: Path) -> None:
     assert violations_of_releases(found) == []
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_second_build_elsewhere_is_the_same(whole: bool, checkout, cpu_variant: Path) -> None:
-    """Every byte but the provenance, which a copy without git has not; ``make release`` compares
-    the CUDA variants. In part: what includes torch's headers is compiled again, and linked.
+def test_a_second_build_elsewhere_is_the_same(checkout, cpu_variant: Path) -> None:
+    """Every byte but the provenance, which a copy without git has not. A file with torch's headers
+    and one with a kernel are compiled again; ``make release`` compiles all, CUDA's variants too.
     Another build of a process that has loaded the first has ops of its own."""
     work = Path(".ninja") / cpu_variant.name
     if not (ROOT / work / "kernel.so").is_file():
         pytest.skip(f"{cpu_variant.name} was built by another machine, perhaps another compiler")
-    if not whole:
-        shutil.copytree(ROOT / work, checkout.root / work)
-        for name in ("kernel.so", "torch-ext/torch_binding.cpp.o"):
-            (checkout.root / work / name).unlink()
+    shutil.copytree(ROOT / work, checkout.root / work)
+    for name in ("kernel.so", "torch-ext/torch_binding.cpp.o", "deformable_detr/cpu/forward.cpp.o"):
+        (checkout.root / work / name).unlink()
     builder.build(checkout, "cpu", None, jobs=os.cpu_count(), verbose=False)
     second = checkout.root / "build" / cpu_variant.name
     first = json.loads((cpu_variant / "metadata.json").read_text())
