@@ -58,8 +58,10 @@ struct Point {
     location.unpack(xy);
     weight.unpack(w);
     // True of every weight but NaN: a reason to read it.
-    if (w[0] == w[0]) return {xy[0], xy[1], level};
-    return {};
+    if (w[0] != w[0]) return {};
+    using Coordinate = ms_deform_attn::Coordinate<acc_t<point_t>>;
+    return {Coordinate(located_pixel(xy[0], level.width)),
+            Coordinate(located_pixel(xy[1], level.height)), level};
   }
 };
 

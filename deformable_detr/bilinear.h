@@ -115,9 +115,6 @@ struct Coordinate {
     fraction = (pixel.rounded - floor) + pixel.rest;
   }
 
-  MSDA_HOST_DEVICE Coordinate(acc_t location, int32_t size)
-      : Coordinate(located_pixel(location, size)) {}
-
   // Whether this pixel or the next lies in [0, size). False for NaN and infinity.
   MSDA_HOST_DEVICE bool touches(int32_t size) const {
     return (floor >= -1) & (floor < static_cast<acc_t>(size));
@@ -183,11 +180,6 @@ struct Corners {
     const bool inside = (column != kOutside) & (row != kOutside);
     pixel[0] = inside ? level.start + row * level.width + column : kOutside;
   }
-
-  MSDA_HOST_DEVICE Corners(acc_t location_x, acc_t location_y, const Level& level,
-                           Method method = Method::bilinear)
-      : Corners(Coordinate<acc_t>(location_x, level.width),
-                Coordinate<acc_t>(location_y, level.height), level, method) {}
 
   // The first corner that is inside, or kOutside.
   MSDA_HOST_DEVICE int32_t first_pixel() const {

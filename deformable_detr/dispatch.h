@@ -31,15 +31,7 @@ using bfloat16_t = torch::headeronly::BFloat16;
 enum class DType : int8_t { f64, f32, f16, bf16 };
 
 template <typename scalar_t>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <typename scalar_t>
-using acc_t = typename Accumulate<scalar_t>::type;
+using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <typename scalar_t>
 constexpr DType kDType = std::is_same_v<scalar_t, double>   ? DType::f64

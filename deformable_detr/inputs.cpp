@@ -152,10 +152,10 @@ Params Inputs::check_and_align() {
   params.starts_int64 = is_int64("level_start_index", level_start_index);
   check_device("spatial_shapes", spatial_shapes, value);
   check_device("level_start_index", level_start_index, value);
-  (fused() ? params.sampling_offsets : params.sampling_locations).dtype =
-      check_operand(coordinates.name, coordinates.tensor, params.value_dtype);
-  (fused() ? params.attention_logits : params.attention_weights).dtype =
-      check_operand(weights.name, weights.tensor, params.value_dtype);
+  Operand& xy = fused() ? params.sampling_offsets : params.sampling_locations;
+  Operand& weight = fused() ? params.attention_logits : params.attention_weights;
+  xy.dtype = check_operand(coordinates_name(), coordinates, params.value_dtype);
+  weight.dtype = check_operand(weights_name(), weights, params.value_dtype);
   if (fused()) check_reference_points(params);
   if (grad_output) check_grad_output(params);
   spatial_shapes = contiguous_or_copy(spatial_shapes);
@@ -166,8 +166,8 @@ Params Inputs::check_and_align() {
 
   // All is well: only now are tensors copied.
   params.value = align(value);
-  align_operand(fused() ? params.sampling_offsets : params.sampling_locations, coordinates.tensor);
-  align_operand(fused() ? params.attention_logits : params.attention_weights, weights.tensor);
+  align_operand(xy, coordinates);
+  align_operand(weight, weights);
   if (fused()) align_operand(params.reference_points, *reference_points);
   if (grad_output) align(*grad_output);
   return params;
@@ -197,15 +197,15 @@ void Inputs::check_points(Params& params) const {
   if (!points_per_level) shape.push_back({"levels", params.levels});
   shape.push_back({"points"});
   shape.push_back({"2", 2});
-  check_shape(coordinates.name, coordinates.tensor, shape);
-  params.queries = coordinates.tensor.size(1);
-  const int64_t points = coordinates.tensor.size(coordinates.tensor.dim() - 2);
+  check_shape(coordinates_name(), coordinates, shape);
+  params.queries = coordinates.size(1);
+  const int64_t points = coordinates.size(coordinates.dim() - 2);
   if (points_per_level) {
-    check(points <= kMaxPoints, coordinates.name, " has ", points,
+    check(points <= kMaxPoints, coordinates_name(), " has ", points,
           " points, expected fewer than 2^30");
     params.points = static_cast<int32_t>(points);
   } else {
-    check(points <= kMaxPoints && params.levels * points <= kMaxPoints, coordinates.name, " has ",
+    check(points <= kMaxPoints && params.levels * points <= kMaxPoints, coordinates_name(), " has ",
           points, " points in each of ", params.levels, " levels, expected fewer than 2^30 in all");
     params.points_per_level = static_cast<int32_t>(points);
     params.points = params.levels * params.points_per_level;
@@ -213,7 +213,7 @@ void Inputs::check_points(Params& params) const {
   shape.pop_back();
   shape.back().size = points;
   shape[1].size = params.queries;
-  check_shape(weights.name, weights.tensor, shape);
+  check_shape(weights_name(), weights, shape);
   if (points_per_level) check_points_per_level(params, *points_per_level);
 }
 
@@ -226,12 +226,12 @@ void Inputs::check_points_per_level(Params& params, const std::vector<int64_t>& 
   for (int32_t level = 0; level < params.levels; ++level) {
     check(0 <= counts[level] && counts[level] <= points, "points_per_level has ", counts[level],
           " for level ", level, ", expected at least 0 and at most ", points, ", the points of ",
-          coordinates.name);
+          coordinates_name());
     total += counts[level];
     equal = equal && counts[level] == counts[0];
   }
   check(total == points, "points_per_level sums to ", total, ", expected ", points,
-        ", the points of ", coordinates.name);
+        ", the points of ", coordinates_name());
   if (equal) {
     params.points_per_level = counts.empty() ? 0 : static_cast<int32_t>(counts[0]);
     return;

@@ -46,22 +46,16 @@ void check(bool condition, const Parts&... message) {
 
 std::string device_of(const Tensor& tensor);
 
-// A tensor, and what the caller calls it.
-struct __attribute__((visibility("hidden"))) Argument {  // as Tensor
-  const char* name;
-  Tensor tensor;
-};
-
 // The arguments of a plain or of a fused call. The latter has reference points.
-struct __attribute__((visibility("hidden"))) Inputs {
+struct __attribute__((visibility("hidden"))) Inputs {  // as Tensor
   Tensor value, spatial_shapes, level_start_index;
-  Argument coordinates;  // sampling_locations, or fused sampling_offsets
-  Argument weights;      // attention_weights, or fused attention_logits
+  Tensor coordinates;  // sampling_locations, or fused sampling_offsets
+  Tensor weights;      // attention_weights, or fused attention_logits
   const PointsPerLevel& points_per_level;
   bool nearest;
+  std::optional<Tensor> grad_output = std::nullopt;
   std::optional<Tensor> reference_points = std::nullopt;
   double offset_scale = 0;
-  std::optional<Tensor> grad_output = std::nullopt;
 
   // Returns what the backends need to know. Tensors that they could not read are replaced by
   // copies; this struct must live as long as the pointers returned.
@@ -71,6 +65,10 @@ struct __attribute__((visibility("hidden"))) Inputs {
 
  private:
   bool fused() const { return reference_points.has_value(); }
+  const char* coordinates_name() const {
+    return fused() ? "sampling_offsets" : "sampling_locations";
+  }
+  const char* weights_name() const { return fused() ? "attention_logits" : "attention_weights"; }
   void check_value(Params& params) const;
   void check_points(Params& params) const;
   void check_points_per_level(Params& params, const std::vector<int64_t>& counts) const;

@@ -84,8 +84,8 @@ Tensor forward(Inputs&& inputs) try {
 }
 
 Gradients backward(Inputs&& inputs, bool deterministic, const Wanted& wanted) try {
-  const ScalarType coordinates_dtype = inputs.coordinates.tensor.scalar_type();
-  const ScalarType weights_dtype = inputs.weights.tensor.scalar_type();
+  const ScalarType coordinates_dtype = inputs.coordinates.scalar_type();
+  const ScalarType weights_dtype = inputs.weights.scalar_type();
   const auto reference_dtype =
       inputs.reference_points ? inputs.reference_points->scalar_type() : ScalarType::Float;
   BackwardParams params{};
@@ -99,9 +99,8 @@ Gradients backward(Inputs&& inputs, bool deterministic, const Wanted& wanted) tr
   };
   // A GPU sums the gradients of reference points from those of the points.
   const bool points = wanted.points || (wanted.reference_points && inputs.value.is_cuda());
-  Gradients grads{empty_like(wanted.value, inputs.value),
-                  empty_like(points, inputs.coordinates.tensor),
-                  empty_like(points, inputs.weights.tensor), nothing()};
+  Gradients grads{empty_like(wanted.value, inputs.value), empty_like(points, inputs.coordinates),
+                  empty_like(points, inputs.weights), nothing()};
   params.grad_value = grads.value.data_ptr();
   (params.fused() ? params.grad_sampling_offsets : params.grad_sampling_locations) =
       grads.coordinates.data_ptr();

@@ -11,38 +11,12 @@
 namespace ms_deform_attn {
 namespace {
 
-Inputs plain_inputs(const Tensor& value, const Tensor& spatial_shapes,
-                    const Tensor& level_start_index, const Tensor& sampling_locations,
-                    const Tensor& attention_weights, const PointsPerLevel& points_per_level,
-                    bool nearest) {
-  return {.value = value,
-          .spatial_shapes = spatial_shapes,
-          .level_start_index = level_start_index,
-          .coordinates = {"sampling_locations", sampling_locations},
-          .weights = {"attention_weights", attention_weights},
-          .points_per_level = points_per_level,
-          .nearest = nearest};
-}
-
-Inputs fused_inputs(const Tensor& value, const Tensor& spatial_shapes,
-                    const Tensor& level_start_index, const Tensor& reference_points,
-                    const Tensor& sampling_offsets, const Tensor& attention_logits,
-                    const PointsPerLevel& points_per_level, bool nearest, double offset_scale) {
-  Inputs inputs = plain_inputs(value, spatial_shapes, level_start_index, sampling_offsets,
-                               attention_logits, points_per_level, nearest);
-  inputs.coordinates.name = "sampling_offsets";
-  inputs.weights.name = "attention_logits";
-  inputs.reference_points = reference_points;
-  inputs.offset_scale = offset_scale;
-  return inputs;
-}
-
 Tensor plain_forward(const Tensor& value, const Tensor& spatial_shapes,
                      const Tensor& level_start_index, const Tensor& sampling_locations,
                      const Tensor& attention_weights, const PointsPerLevel& points_per_level,
                      bool nearest) {
-  return forward(plain_inputs(value, spatial_shapes, level_start_index, sampling_locations,
-                              attention_weights, points_per_level, nearest));
+  return forward({value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+                  points_per_level, nearest});
 }
 
 std::tuple<Tensor, Tensor, Tensor> plain_backward(
@@ -50,11 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> plain_backward(
     const Tensor& sampling_locations, const Tensor& attention_weights, const Tensor& grad_output,
     const PointsPerLevel& points_per_level, bool nearest, bool deterministic, bool value_needs_grad,
     bool points_need_grad) {
-  Inputs inputs = plain_inputs(value, spatial_shapes, level_start_index, sampling_locations,
-                               attention_weights, points_per_level, nearest);
-  inputs.grad_output = grad_output;
-  Gradients grads =
-      backward(std::move(inputs), deterministic, {value_needs_grad, points_need_grad});
+  Gradients grads = backward({value, spatial_shapes, level_start_index, sampling_locations,
+                              attention_weights, points_per_level, nearest, grad_output},
+                             deterministic, {value_needs_grad, points_need_grad});
   return {std::move(grads.value), std::move(grads.coordinates), std::move(grads.weights)};
 }
 
@@ -62,9 +34,8 @@ Tensor fused_forward(const Tensor& value, const Tensor& spatial_shapes,
                      const Tensor& level_start_index, const Tensor& reference_points,
                      const Tensor& sampling_offsets, const Tensor& attention_logits,
                      const PointsPerLevel& points_per_level, bool nearest, double offset_scale) {
-  return forward(fused_inputs(value, spatial_shapes, level_start_index, reference_points,
-                              sampling_offsets, attention_logits, points_per_level, nearest,
-                              offset_scale));
+  return forward({value, spatial_shapes, level_start_index, sampling_offsets, attention_logits,
+                  points_per_level, nearest, std::nullopt, reference_points, offset_scale});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
@@ -73,12 +44,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
     const Tensor& grad_output, const PointsPerLevel& points_per_level, bool nearest,
     double offset_scale, bool reference_needs_grad, bool deterministic, bool value_needs_grad,
     bool points_need_grad) {
-  Inputs inputs =
-      fused_inputs(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
-                   attention_logits, points_per_level, nearest, offset_scale);
-  inputs.grad_output = grad_output;
-  Gradients grads = backward(std::move(inputs), deterministic,
-                             {value_needs_grad, points_need_grad, reference_needs_grad});
+  Gradients grads =
+      backward({value, spatial_shapes, level_start_index, sampling_offsets, attention_logits,
+                points_per_level, nearest, grad_output, reference_points, offset_scale},
+               deterministic, {value_needs_grad, points_need_grad, reference_needs_grad});
   return {std::move(grads.value), std::move(grads.reference_points), std::move(grads.coordinates),
           std::move(grads.weights)};
 }

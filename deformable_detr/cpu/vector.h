@@ -24,17 +24,9 @@ using Bits = std::conditional_t<std::is_same_v<scalar_t, acc_t<scalar_t>>, scala
 using Bits16 = Vector<uint16_t, kLanes<float>>;
 using Bits32 = Vector<uint32_t, kLanes<float>>;
 
+// The first bytes of `from`, most often all of them.
 template <typename To, typename From>
 MSDA_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-// The first bytes of `from`.
-template <typename To, typename From>
-MSDA_INLINE To bit_cast_front(const From& from) {
   static_assert(sizeof(To) <= sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(to));
@@ -92,8 +84,7 @@ MSDA_INLINE Vector<double> to_float(Vector<double> x, double) { return x; }
 MSDA_INLINE Vector<float> from_float(Vector<float> x, float) { return x; }
 MSDA_INLINE Vector<double> from_float(Vector<double> x, double) { return x; }
 template <typename scalar_t>
-using Stored =
-    std::conditional_t<std::is_same_v<scalar_t, acc_t<scalar_t>>, Vector<acc_t<scalar_t>>, Bits16>;
+using Stored = Vector<Bits<scalar_t>, kLanes<acc_t<scalar_t>>>;
 
 template <typename scalar_t>
 MSDA_INLINE Vector<acc_t<scalar_t>> load(const scalar_t* from) {
@@ -155,7 +146,7 @@ MSDA_INLINE void convert(const From* from, int32_t count, To* to) {
 // Calls function(zero) for the type of an operand, which is stored as value is or as acc.
 template <typename scalar_t, typename Function>
 MSDA_INLINE void dispatch_operand(DType dtype, const Function& function) {
-  if (dtype == kDType<scalar_t>) {
+  if (std::is_same_v<scalar_t, acc_t<scalar_t>> || dtype == kDType<scalar_t>) {
     function(scalar_t{});
   } else {
     function(acc_t<scalar_t>{});
@@ -231,7 +222,7 @@ MSDA_INLINE void add_sums(const Vector<acc> (&x)[4], acc* sum) {
     if constexpr (lanes >= 8) all = add_halves<2>(all, all);
     Vector<acc, 4> result;
     std::memcpy(&result, sum, sizeof(result));
-    result += bit_cast_front<Vector<acc, 4>>(all);
+    result += bit_cast<Vector<acc, 4>>(all);
     std::memcpy(sum, &result, sizeof(result));
   }
 }
