@@ -160,10 +160,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     Corners<float> corners;
     corners.right = right[i];
     corners.down = down[i];
-    PerCorner<float> weights;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) weights.corner[j] = weight[i] * corners.corner_weight(j);
-    sorted.weights[entries[i] & kPlace] = weights;
+    sorted.weights[entries[i] & kPlace] = weigh_corners(corners, weight[i]);
     sorted.entries[entries[i] & kPlace] = (entries[i] & ~kPlace) | query;
   });
   // Pads the points to a multiple of kAhead with points that have no corner inside.
@@ -196,14 +193,15 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
   const int end = min(begin + of_team, total);
   if (begin >= end) return;
   int32_t cell = sorted.entries[begin] & cell_mask;
-  float sums[4][kVec] = {};
+  CornerSums<kVec> sums;
   // Adds what the cell has on its western corners, and on its eastern ones.
   const auto flush = [&](bool eastern) {
     const int32_t offset = Indexing::offset(p, cell >> kNumberAt);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       float* to = Indexing::at(p, of_corner[j], offset);
-      if ((cell & (1 << (kPlaceBits + j))) && (eastern || !(j & 1))) atomic_add<kVec>(to, sums[j]);
+      const bool inside = cell & (1 << (kPlaceBits + j));
+      if (inside && (eastern || !(j & 1))) atomic_add<kVec>(to, sums.of[j]);
     }
   };
   for (int i = begin; i < end; i += kAhead) {
@@ -224,22 +222,10 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
         // The eastern corners are the next cell's western ones, if that is in the same row.
         const bool adjacent = next - cell == 1 << kNumberAt && (cell & kWest) && (cell & kEast);
         flush(!adjacent);
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) {
-          sums[0][c] = adjacent ? sums[1][c] : 0;
-          sums[2][c] = adjacent ? sums[3][c] : 0;
-          sums[1][c] = 0;
-          sums[3][c] = 0;
-        }
+        sums.move(adjacent);
         cell = next;
       }
-      float x[kVec];
-      rows[k].unpack(x);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) sums[j][c] += weights.corner[j] * x[c];
-      }
+      sums.add(weights, rows[k]);
     }
   }
   flush(true);
@@ -251,19 +237,20 @@ int64_t count_shares(const BackwardParams& p) {
   return ceil_div<int64_t>(p.queries, most_queries) * p.levels * p.heads;
 }
 
-// with_kernel(p, [&](auto kernel, int32_t team_channels) { ... }): the kernel for a problem.
-template <typename Function>
-void with_kernel(const BackwardParams& p, Function&& function) {
-  dispatch(p.value_dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    if constexpr (!std::is_same_v<scalar_t, double>) {
-      with_lanes<kMostLanes / 2, kMostLanes>(p.channels / kVec, [&](auto lanes) {
-        with_source<scalar_t>(p, [&](auto source) {
-          function(merge_kernel<scalar_t, source.value, lanes.value>, lanes.value * kVec);
-        });
-      });
-    }
+// The kernel for a problem, and its teams' channels.
+struct MergeLaunch {
+  void (*kernel)(BackwardParams, int64_t, const Softmax<float>*);
+  int32_t team_channels;
+};
+
+MergeLaunch choose_kernel(const BackwardParams& p) {
+  MergeLaunch result;
+  with_types<false>(p, [&](auto zero, auto source) {
+    with_lanes<kMostLanes / 2, kMostLanes>(p.channels / kVec, [&](auto lanes) {
+      result = {merge_kernel<decltype(zero), source.value, lanes.value>, lanes.value * kVec};
+    });
   });
+  return result;
 }
 
 }  // namespace
@@ -283,24 +270,17 @@ bool can_merge(const BackwardParams& params) {
   // rfdetr_decoder_b8 51 becomes 68 us (H200). Blocks that do not fill the GPU take too long.
   const bool pays =
       points >= kMergePoints / 2 && params.queries * params.points >= 2 * params.spatial_size;
-  if (!suits || !many || !pays ||
-      params.batch * count_shares(params) < DeviceLimits().multiprocessors) {
-    return false;
-  }
-  bool fits = false;
-  with_kernel(params, [&](auto kernel, int32_t) {
-    fits = fits_shared_memory(kernel, sizeof(SortedPoints));
-  });
-  return fits;
+  return suits && many && pays &&
+         params.batch * count_shares(params) >= DeviceLimits().multiprocessors &&
+         fits_shared_memory(choose_kernel(params).kernel, sizeof(SortedPoints));
 }
 
 void launch_merge(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
-  with_kernel(params, [&](auto kernel, int32_t team_channels) {
-    const int64_t blocks = count_shares(params) * ceil_div(params.channels, team_channels);
-    const Grid grid{blocks, 1, kMergeThreads, sizeof(SortedPoints), plan.overlaps_sums};
-    launch(kernel, params, grid, stream,
-           in_scratch<const Softmax<float>>(params, plan.scratch.softmaxes));
-  });
+  const MergeLaunch chosen = choose_kernel(params);
+  const int64_t blocks = count_shares(params) * ceil_div(params.channels, chosen.team_channels);
+  const Grid grid{blocks, 1, kMergeThreads, sizeof(SortedPoints), plan.overlaps_sums};
+  launch(chosen.kernel, params, grid, stream,
+         in_scratch<const Softmax<float>>(params, plan.scratch.softmaxes));
 }
 
 }  // namespace ms_deform_attn::cuda

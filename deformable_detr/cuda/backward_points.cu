@@ -21,29 +21,21 @@ namespace {
 
 // ------------------------------------------------------------------------------------------ stores
 
-template <typename scalar_t>
-__device__ __forceinline__ void store_weight_gradient(const BackwardParams& p, bool fused,
-                                                      int64_t point, acc_t<scalar_t> x) {
-  void* grad = fused ? p.grad_attention_logits : p.grad_attention_weights;
-  if ((fused ? p.attention_logits : p.attention_weights).dtype == DType::f32) {
-    static_cast<float*>(grad)[point] = static_cast<float>(x);
-  } else {
-    static_cast<scalar_t*>(grad)[point] = from_acc<scalar_t>(x);
-  }
-}
-
-// Of a location or an offset.
-template <typename scalar_t>
-__device__ __forceinline__ void store_xy_gradient(const BackwardParams& p, bool fused,
-                                                  int64_t point, const Xy<acc_t<scalar_t>>& x) {
-  void* grad = fused ? p.grad_sampling_offsets : p.grad_sampling_locations;
-  if ((fused ? p.sampling_offsets : p.sampling_locations).dtype == DType::f32) {
-    const float xy[2] = {static_cast<float>(x.x), static_cast<float>(x.y)};
-    Vec<float, 2>::pack(xy).store(static_cast<float*>(grad) + 2 * point);
-  } else {
-    const acc_t<scalar_t> xy[2] = {x.x, x.y};
-    Vec<scalar_t, 2>::pack(xy).store(static_cast<scalar_t*>(grad) + 2 * point);
-  }
+// Stores a point's N numbers of an operand's gradient, in the operand's dtype.
+template <typename scalar_t, int N>
+__device__ __forceinline__ void store_gradient(void* grad, const Operand& operand, int64_t point,
+                                               const acc_t<scalar_t> (&x)[N]) {
+  const auto store = [&](auto zero) {
+    using stored_t = decltype(zero);
+    stored_t* to = static_cast<stored_t*>(grad) + N * point;
+    if constexpr (N == 1) {
+      *to = static_cast<stored_t>(x[0]);
+    } else {
+      Vec<stored_t, N>::pack(x).store(to);
+    }
+  };
+  const bool own = std::is_same_v<scalar_t, acc_t<scalar_t>> || operand.dtype == kDType<scalar_t>;
+  own ? store(scalar_t{}) : store(acc_t<scalar_t>{});
 }
 
 // ----------------------------------------------------------------------------------- row gradients
@@ -110,7 +102,8 @@ __device__ __forceinline__ void finish_fused_row(const BackwardParams& p, const 
     const int64_t point = row.index * p.points + i;
     const acc weight = softmax.weight(load_element<scalar_t>(p.attention_logits, point));
     const acc grad_weight = gradients.at(p, Gradients::kWeight, i);
-    store_weight_gradient<scalar_t>(p, true, point, weight * (grad_weight - sum_of_row));
+    store_gradient<scalar_t, 1>(p.grad_attention_logits, p.attention_logits, point,
+                                {weight * (grad_weight - sum_of_row)});
   }
   if (!p.grad_reference_points || !row.active()) return;
   const int32_t coordinates = p.reference_levels * p.reference_coordinates;
@@ -130,14 +123,14 @@ __host__ __device__ __forceinline__ bool wants_points(const BackwardParams& p) {
   return (p.fused() ? p.grad_attention_logits : p.grad_attention_weights) != nullptr;
 }
 
-// kSplit groups of kLanes lanes share a row's points. softmaxes: [batch, queries, heads], written
-// in a fused call if another kernel is to sum grad_value, else null. row_gradients: in scratch, or
-// null where they fit into shared memory. merges_levels: whether merge_kernel adds some.
+// kSplit groups of kLanes lanes share a row's points. softmaxes: Softmax<acc> [batch, queries,
+// heads], written in a fused call if another kernel is to sum grad_value, else null. row_gradients:
+// of acc, in scratch, or null where they fit into shared memory. merges_levels: whether
+// merge_kernel adds some.
 template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, bool kAdd>
 __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
-    points_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch,
-                  Softmax<acc_t<scalar_t>>* softmaxes, acc_t<scalar_t>* row_gradients,
-                  bool merges_levels) {
+    points_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch, void* softmaxes,
+                  void* row_gradients, bool merges_levels) {
   using acc = acc_t<scalar_t>;
   using Layout = cuda::Layout<kLanes, kSplit>;
   using Vector = Vec<scalar_t, kVec>;
@@ -181,13 +174,13 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   if constexpr (kFused) {
     softmax = find_softmax<scalar_t, kTeam>(p, row.index);
     if ((!kAdd || kMayMerge) && softmaxes && lane == 0 && row.active()) {
-      softmaxes[row.index] = softmax;
+      static_cast<Softmax<acc>*>(softmaxes)[row.index] = softmax;
     }
     gradients.in_shared = reinterpret_cast<acc*>(levels + p.levels) + threadIdx.x / kTeam;
     if (kVec == 1 && row_gradients) {
       const int64_t block = (row.batch * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-      gradients.in_scratch =
-          row_gradients + block * RowGradients::of_block(p) + threadIdx.x / kTeam;
+      gradients.in_scratch = static_cast<acc*>(row_gradients) + block * RowGradients::of_block(p) +
+                             threadIdx.x / kTeam;
     }
   }
 
@@ -222,8 +215,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         const bool merged = has_point && is_merged(p, cursor.level, levels[cursor.level]);
         adds = __ballot_sync(0xffffffff, !merged) >> (threadIdx.x % 32 - lane + group);
       }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) weights[own_slot].corner[j] = weight * corners.corner_weight(j);
+      weights[own_slot] = weigh_corners(corners, weight);
     }
     dots[own_slot] = {};
     __syncwarp();
@@ -243,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
             .unpack(grad);
       }
       Vector corner[4];  // one outside the map is not loaded, and its dot product not used
-#pragma unroll
+#pragma unroll(kLanes < 32 ? kLanes : 4)  // 32 times would be up to 9000 instructions
       for (int i = 0; i < kLanes; ++i) {
         if (i * kSplit % 4 == 0 && first + i * kSplit >= all_points) break;
         const int slot = first_slot + (i * kSplit + group) * Layout::kPitch;
@@ -298,8 +290,10 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
       const acc grad_x = bilinear ? weight * corners.d_location_x(dot.corner, level) : 0;
       const acc grad_y = bilinear ? weight * corners.d_location_y(dot.corner, level) : 0;
       if constexpr (!kFused) {
-        store_weight_gradient<scalar_t>(p, false, point, grad_weight);
-        store_xy_gradient<scalar_t>(p, false, point, {grad_x, grad_y});
+        store_gradient<scalar_t, 1>(p.grad_attention_weights, p.attention_weights, point,
+                                    {grad_weight});
+        store_gradient<scalar_t, 2>(p.grad_sampling_locations, p.sampling_locations, point,
+                                    {grad_x, grad_y});
       } else {
         gradients.at(p, RowGradients::kWeight, first + lane) = grad_weight;
         lane_sum += weight * grad_weight;
@@ -312,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
             box ? reference.height * box_fraction : 1 / static_cast<acc>(max(level.height, 1));
         // Zero for a point outside the map, whose offset or box may not be finite.
         const bool inside = corners.first_pixel() != kOutside;
-        store_xy_gradient<scalar_t>(p, true, point,
+        store_gradient<scalar_t, 2>(p.grad_sampling_offsets, p.sampling_offsets, point,
                                     {inside ? grad_x * move_x : 0, inside ? grad_y * move_y : 0});
         if (p.grad_reference_points) {
           const auto keep = [&](int quantity, acc x) {
@@ -359,31 +353,35 @@ auto with_layout(const BackwardParams& p, const BackwardPlan& plan, Function&& f
   });
 }
 
-// with_kernel(p, plan, [&](auto kernel, auto layout, auto acc, int64_t level_bytes,
-// int64_t of_block) { ... }): the kernel for a problem, its Layout, the type of its sums,
-// and what a block's levels and RowGradients take.
-template <typename Function>
-void with_kernel(const BackwardParams& p, const BackwardPlan& plan, Function&& function) {
-  const auto with_types = [&](auto zero, auto add) {
+// The kernel for a problem, how it is launched, and what a block's RowGradients take besides.
+struct PointsLaunch {
+  void (*kernel)(BackwardParams, int64_t, void*, void*, bool);
+  Grid grid;
+  int64_t gradient_bytes;
+};
+
+PointsLaunch choose_kernel(const BackwardParams& p, const BackwardPlan& plan) {
+  PointsLaunch result;
+  with_types(p, [&](auto zero, auto source) {
     using scalar_t = decltype(zero);
     using acc = acc_t<scalar_t>;
-    with_layout<scalar_t, add.value>(p, plan, [&](auto vec, auto lanes, auto split) {
-      with_source<scalar_t>(p, [&](auto source) {
+    const auto choose = [&](auto add) {
+      with_layout<scalar_t, add.value>(p, plan, [&](auto vec, auto lanes, auto split) {
         using Layout = cuda::Layout<lanes.value, split.value>;
         using RowGradients = cuda::RowGradients<acc, Layout::kTeams, vec.value == 1>;
-        function(
+        result = {
             points_kernel<scalar_t, source.value, vec.value, lanes.value, split.value, add.value>,
-            Layout{}, acc{}, p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>)),
-            p.fused() ? RowGradients::of_block(p) * int64_t(sizeof(acc)) : 0);
+            {Layout::query_blocks(p), Layout::head_blocks(p), kThreads,
+             p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>)), plan.overlaps_sums},
+            p.fused() ? RowGradients::of_block(p) * int64_t(sizeof(acc)) : 0};
       });
-    });
-  };
-  dispatch(p.value_dtype, [&](auto zero) {
-    if constexpr (!std::is_same_v<decltype(zero), double>) {
-      if (plan.strategy == Strategy::direct) return with_types(zero, std::true_type{});
+    };
+    if constexpr (!std::is_same_v<scalar_t, double>) {
+      if (plan.strategy == Strategy::direct) return choose(std::true_type{});
     }
-    with_types(zero, std::false_type{});
+    choose(std::false_type{});
   });
+  return result;
 }
 
 }  // namespace
@@ -402,32 +400,20 @@ void plan_points(const BackwardParams& params, BackwardPlan& plan) {
         params.value_dtype == DType::f64 ? sizeof(Softmax<double>) : sizeof(Softmax<float>);
     scratch.softmaxes = scratch.reserve(count_rows(params) * size);
   }
-  bool fits = false;
-  with_kernel(params, plan, [&](auto kernel, auto, auto, int64_t level_bytes, int64_t of_block) {
-    fits = fits_shared_memory(kernel, level_bytes + of_block);
-  });
-  if (fits) return;
-  scratch.row_gradients = scratch.bytes;  // so that with_kernel takes the kernel for it
-  with_kernel(params, plan, [&](auto, auto layout, auto, int64_t, int64_t of_block) {
-    using Layout = decltype(layout);
-    const int64_t blocks =
-        params.batch * Layout::query_blocks(params) * Layout::head_blocks(params);
-    scratch.row_gradients = scratch.reserve(blocks * of_block);
-  });
+  const PointsLaunch usual = choose_kernel(params, plan);
+  if (fits_shared_memory(usual.kernel, usual.grid.shared_memory + usual.gradient_bytes)) return;
+  scratch.row_gradients = scratch.bytes;  // so that choose_kernel takes the kernel for it
+  const PointsLaunch chosen = choose_kernel(params, plan);
+  scratch.row_gradients = scratch.reserve(params.batch * chosen.grid.blocks_x *
+                                          chosen.grid.blocks_y * chosen.gradient_bytes);
 }
 
 void launch_points(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
-  with_kernel(params, plan,
-              [&](auto kernel, auto layout, auto zero, int64_t level_bytes, int64_t of_block) {
-                using Layout = decltype(layout);
-                using acc = decltype(zero);
-                acc* row_gradients = in_scratch<acc>(params, plan.scratch.row_gradients);
-                const Grid grid{Layout::query_blocks(params), Layout::head_blocks(params), kThreads,
-                                level_bytes + (row_gradients ? 0 : of_block), plan.overlaps_sums};
-                launch(kernel, params, grid, stream,
-                       in_scratch<Softmax<acc>>(params, plan.scratch.softmaxes), row_gradients,
-                       plan.merges_levels);
-              });
+  PointsLaunch chosen = choose_kernel(params, plan);
+  void* row_gradients = in_scratch<void>(params, plan.scratch.row_gradients);
+  if (!row_gradients) chosen.grid.shared_memory += chosen.gradient_bytes;
+  launch(chosen.kernel, params, chosen.grid, stream,
+         in_scratch<void>(params, plan.scratch.softmaxes), row_gradients, plan.merges_levels);
 }
 
 }  // namespace ms_deform_attn::cuda

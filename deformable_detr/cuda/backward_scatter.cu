@@ -25,8 +25,7 @@ constexpr int kBins = 1024;                                         // pixel ind
 template <typename scalar_t, Source kSource, int kVec, int kLanes>
 __global__ void __launch_bounds__(kScatterThreads, 4)
     scatter_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch,
-                   const Softmax<acc_t<scalar_t>>* softmaxes) {
-  using acc = acc_t<scalar_t>;
+                   const Softmax<float>* softmaxes) {
   using Vector = Vec<scalar_t, kVec>;
   using Indexing = cuda::Indexing<scalar_t, kVec>;
   using LevelEntry = cuda::LevelEntry<scalar_t, kSource>;
@@ -35,10 +34,10 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   constexpr int kBinsPerThread = kBins / kScatterThreads;
   extern __shared__ __align__(32) char memory[];
   LevelEntry* levels = reinterpret_cast<LevelEntry*>(memory);
-  __shared__ PerCorner<acc> weights[kScatterPoints];  // corner weight * attention weight
-  __shared__ int4 pixels[kScatterPoints];             // of the corners
-  __shared__ uint16_t order[kScatterPoints];          // of the points, by bin
-  __shared__ int32_t bins[kBins];                     // the count of points, then where they start
+  __shared__ PerCorner<float> weights[kScatterPoints];  // corner weight * attention weight
+  __shared__ int4 pixels[kScatterPoints];               // of the corners
+  __shared__ uint16_t order[kScatterPoints];            // of the points, by bin
+  __shared__ int32_t bins[kBins];  // the count of points, then where they start
   __shared__ int32_t queries[kScatterQueries];
   static_assert(sizeof(weights) + sizeof(pixels) + sizeof(order) + sizeof(bins) + sizeof(queries) +
                     1024 <=
@@ -59,8 +58,8 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   const int64_t first_query = int64_t(blockIdx.x % query_blocks) * kScatterQueries;
   const int32_t n_queries =
       static_cast<int32_t>(min(int64_t(kScatterQueries), p.queries - first_query));
-  acc* grad_value = opaque(static_cast<acc*>(p.grad_value) +
-                           (batch * p.spatial_size * p.heads + head) * p.channels + channel);
+  float* grad_value = opaque(static_cast<float*>(p.grad_value) +
+                             (batch * p.spatial_size * p.heads + head) * p.channels + channel);
   const scalar_t* grad_output = opaque(static_cast<const scalar_t*>(p.grad_output) +
                                        (batch * p.queries * p.heads + head) * p.channels + channel);
 
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
   const int own_first = threadIdx.x % kThreadsPerQuery * kPointsPerThread;
   const bool has_query = own_query < n_queries;
   const int64_t query_index = has_query ? batch * p.queries + queries[own_query] : 0;
-  Softmax<acc> softmax;
+  Softmax<float> softmax;
   if constexpr (kIsFused<kSource>) softmax = softmaxes[query_index * p.heads + head];
 
   PointCursor cursor(p, own_first);
@@ -93,12 +92,11 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
       own_bin[i] = -1;
       if (has_query && first + own_first + i < p.points) {
         reader.read(p);
-        const acc weight = find_weight(p, reader, softmax);
-        const Corners<acc> corners = find_corners(p, reader, cursor.level, levels[cursor.level]);
+        const float weight = find_weight(p, reader, softmax);
+        const Corners<float> corners = find_corners(p, reader, cursor.level, levels[cursor.level]);
         pixels[slot] =
             make_int4(corners.pixel[0], corners.pixel[1], corners.pixel[2], corners.pixel[3]);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) weights[slot].corner[j] = weight * corners.corner_weight(j);
+        weights[slot] = weigh_corners(corners, weight);
         const int32_t pixel = corners.first_pixel();
         if (pixel != kOutside) {
           own_bin[i] = pixel % kBins;
@@ -139,16 +137,21 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
     const int of_team = (total + kTeams - 1) / kTeams;
     const int begin = min(team * of_team, total), end = min(begin + of_team, total);
     int4 current = make_int4(kOutside, kOutside, kOutside, kOutside);
-    acc sums[4][kVec] = {};
-    const auto flush = [&](int corner, int32_t pixel) {
-      if (pixel != kOutside && has_channel) {
-        atomic_add<kVec>(Indexing::at(p, grad_value, Indexing::offset(p, pixel)), sums[corner]);
+    CornerSums<kVec> sums;
+    // Adds what the western corners have, and the eastern ones.
+    const auto flush = [&](bool eastern) {
+      const int32_t of_corner[4] = {current.x, current.y, current.z, current.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (of_corner[j] == kOutside || !has_channel || (j & 1 && !eastern)) continue;
+        float* to = Indexing::at(p, grad_value, Indexing::offset(p, of_corner[j]));
+        atomic_add<kVec>(to, sums.of[j]);
       }
     };
     for (int i = begin; i < end; ++i) {
       const int slot = order[i];
       const int4 pixel = pixels[slot];
-      const PerCorner<acc> weight = weights[slot];
+      const PerCorner<float> weight = weights[slot];
       Vector row;
       if (has_channel) {
         const int32_t query = queries[slot / kStagePoints];
@@ -158,33 +161,13 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
           pixel.w != current.w) {
         // The eastern pixels may be the next point's western ones.
         const bool next_column = pixel.x == current.y && pixel.z == current.w;
-        flush(0, current.x);
-        flush(2, current.z);
-        if (!next_column) {
-          flush(1, current.y);
-          flush(3, current.w);
-        }
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) {
-          sums[0][c] = next_column ? sums[1][c] : acc(0);
-          sums[2][c] = next_column ? sums[3][c] : acc(0);
-          sums[1][c] = 0;
-          sums[3][c] = 0;
-        }
+        flush(!next_column);
+        sums.move(next_column);
         current = pixel;
       }
-      acc x[kVec];
-      row.unpack(x);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int c = 0; c < kVec; ++c) sums[j][c] += weight.corner[j] * x[c];
-      }
+      sums.add(weight, row);
     }
-    flush(0, current.x);
-    flush(1, current.y);
-    flush(2, current.z);
-    flush(3, current.w);
+    flush(true);
     __syncthreads();
   }
 }
@@ -194,27 +177,19 @@ __global__ void __launch_bounds__(kScatterThreads, 4)
 // ------------------------------------------------------------------------------------------- entry
 
 void launch_scatter(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
-  dispatch(params.value_dtype, [&](auto zero) {
+  // Not for float64: its gradients are deterministic, and its points would take 55 KB of static
+  // shared memory, where a kernel may have 48.
+  with_types<false>(params, [&](auto zero, auto source) {
     using scalar_t = decltype(zero);
-    using acc = acc_t<scalar_t>;
-    if constexpr (std::is_same_v<scalar_t, double>) {
-      // Its gradients are deterministic, and its points would take 55 KB of static shared memory,
-      // where a kernel may have 48.
-      throw std::logic_error("float64 is never scattered");
-    } else {
-      // A lane's channels fill 16 bytes of sums, so that what a team adds is contiguous.
-      with_vectors<scalar_t, 16 / sizeof(acc)>(params, [&](auto vec, auto lanes) {
-        constexpr int kTeamChannels = lanes.value * vec.value;
-        const int64_t blocks = ceil_div<int64_t>(params.queries, kScatterQueries) * params.heads *
-                               ceil_div(params.channels, kTeamChannels);
-        with_source<scalar_t>(params, [&](auto source) {
-          const Grid grid{blocks, 1, kScatterThreads,
-                          params.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>))};
-          launch(scatter_kernel<scalar_t, source.value, vec.value, lanes.value>, params, grid,
-                 stream, in_scratch<const Softmax<acc>>(params, plan.scratch.softmaxes));
-        });
-      });
-    }
+    // A lane's channels fill 16 bytes of sums, so that what a team adds is contiguous.
+    with_vectors<scalar_t, 4>(params, [&](auto vec, auto lanes) {
+      const int64_t blocks = ceil_div<int64_t>(params.queries, kScatterQueries) * params.heads *
+                             ceil_div(params.channels, lanes.value * vec.value);
+      const Grid grid{blocks, 1, kScatterThreads,
+                      params.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>))};
+      launch(scatter_kernel<scalar_t, source.value, vec.value, lanes.value>, params, grid, stream,
+             in_scratch<const Softmax<float>>(params, plan.scratch.softmaxes));
+    });
   });
 }
 

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kSumThreads)
     Vector::pack(x).store(grad_value + i * kConverted);
   }
   const int64_t rest = count / kConverted * kConverted + thread;
-  if (rest < count) grad_value[rest] = from_acc<scalar_t>(sums[rest]);
+  if (rest < count) grad_value[rest] = static_cast<scalar_t>(sums[rest]);
 }
 
 int64_t count_values(const Params& p) { return p.batch * p.spatial_size * p.heads * p.channels; }

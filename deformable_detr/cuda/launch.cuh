@@ -24,26 +24,22 @@ inline void check_cuda(cudaError_t error) {
   throw std::runtime_error(cudaGetErrorString(error));
 }
 
-struct DeviceLimits {
-  int multiprocessors, block_memory, multiprocessor_memory;  // shared memory in bytes
-  bool overlaps_kernels;
-  bool has_matrices;  // see matrix.cuh
+// An attribute of the current device.
+inline int find_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
 
-  DeviceLimits() {
-    int device = 0;
-    check_cuda(cudaGetDevice(&device));
-    const auto find = [&](cudaDeviceAttr attribute) {
-      int limit = 0;
-      check_cuda(cudaDeviceGetAttribute(&limit, attribute, device));
-      return limit;
-    };
-    multiprocessors = find(cudaDevAttrMultiProcessorCount);
-    block_memory = find(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    multiprocessor_memory = find(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    const int major = find(cudaDevAttrComputeCapabilityMajor);
-    overlaps_kernels = major >= 9;
-    has_matrices = major >= 8;
-  }
+struct DeviceLimits {
+  int multiprocessors = find_attribute(cudaDevAttrMultiProcessorCount);
+  // Shared memory in bytes.
+  int block_memory = find_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int multiprocessor_memory = find_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  int major = find_attribute(cudaDevAttrComputeCapabilityMajor);
+  bool overlaps_kernels = major >= 9;
+  bool has_matrices = major >= 8;  // see matrix.cuh
 };
 
 // The blocks of a kernel. As z they have the batches.
@@ -57,12 +53,10 @@ struct Grid {
 // The most dynamic shared memory that the current device lets a block of this kernel have.
 template <typename Kernel>
 int64_t shared_memory_limit(Kernel kernel) {
-  int device = 0, of_block = 0;
   cudaFuncAttributes attributes;
-  check_cuda(cudaGetDevice(&device));
-  check_cuda(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   check_cuda(cudaFuncGetAttributes(&attributes, kernel));
-  return of_block - static_cast<int64_t>(attributes.sharedSizeBytes);
+  return find_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+         static_cast<int64_t>(attributes.sharedSizeBytes);
 }
 
 template <typename Kernel>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <stdexcept>
 #include <type_traits>
 
 #include "deformable_detr/cuda/vec.cuh"
@@ -39,6 +40,19 @@ auto with_source(const Params& p, Function&& function) {
   return with(std::integral_constant<Source, Source::plain>{},
               std::integral_constant<Source, Source::plain_mixed>{},
               {p.sampling_locations, p.attention_weights});
+}
+
+// with_types(p, [&](auto zero, auto source) { ... }): a zero of value's type, and the source. There
+// is a kernel for float64, unless told otherwise.
+template <bool kTakesDouble = true, typename Function>
+void with_types(const Params& p, Function&& function) {
+  dispatch(p.value_dtype, [&](auto zero) {
+    if constexpr (kTakesDouble || !std::is_same_v<decltype(zero), double>) {
+      with_source<decltype(zero)>(p, [&](auto source) { function(zero, source); });
+    } else {
+      throw std::logic_error("float64 has no such kernel");
+    }
+  });
 }
 
 // ------------------------------------------------------------------------------------------ params
@@ -140,46 +154,41 @@ __device__ __forceinline__ acc_t<scalar_t> load_element(const Operand& operand, 
   return to_acc(static_cast<const scalar_t*>(operand.data)[index]);
 }
 
-// N elements of an operand, as they are stored. Converting them would wait for their arrival, so it
-// is left to unpack().
+// N elements of an operand, as they are stored: in scalar_t or, mixed, in that or float, which only
+// the operand's dtype tells. Converting them would wait for their arrival, so it is left to
+// unpack().
 template <typename scalar_t, int N, bool kMixed>
 struct Stored {
-  Vec<scalar_t, N> bits;
+  using wide_t = std::conditional_t<kMixed, float, scalar_t>;
+  using Own = Vec<scalar_t, N>;
+  using Wide = Vec<wide_t, N>;
+  typename Wide::bits_t bits{};
 
-  static __device__ __forceinline__ int32_t bytes(DType) { return N * sizeof(scalar_t); }
-  __device__ __forceinline__ void read(const char* at, DType) {
-    bits = Vec<scalar_t, N>::load(reinterpret_cast<const scalar_t*>(at));
+  static __device__ __forceinline__ bool is_wide(DType dtype) {
+    return kMixed && dtype == DType::f32;
   }
-  __device__ __forceinline__ void unpack(acc_t<scalar_t> (&x)[N], DType) const { bits.unpack(x); }
-};
-// Of a half type or float, which only the operand's dtype tells.
-template <typename scalar_t, int N>
-struct Stored<scalar_t, N, true> {
-  typename Bits<4 * N>::type bits{};
-
   static __device__ __forceinline__ int32_t bytes(DType dtype) {
-    return N * (dtype == DType::f32 ? sizeof(float) : sizeof(scalar_t));
+    return N * (is_wide(dtype) ? sizeof(wide_t) : sizeof(scalar_t));
   }
   __device__ __forceinline__ void read(const char* at, DType dtype) {
-    if (dtype == DType::f32) {
-      bits = Vec<float, N>::load(reinterpret_cast<const float*>(at)).bits;
+    if (is_wide(dtype)) {
+      bits = Wide::load(reinterpret_cast<const wide_t*>(at)).bits;
     } else {
-      reinterpret_cast<Vec<scalar_t, N>&>(bits) =
-          Vec<scalar_t, N>::load(reinterpret_cast<const scalar_t*>(at));
+      reinterpret_cast<Own&>(bits) = Own::load(reinterpret_cast<const scalar_t*>(at));
     }
   }
-  __device__ __forceinline__ void unpack(float (&x)[N], DType dtype) const {
-    if (dtype == DType::f32) {
-      reinterpret_cast<const Vec<float, N>&>(bits).unpack(x);
+  __device__ __forceinline__ void unpack(acc_t<scalar_t> (&x)[N], DType dtype) const {
+    if (is_wide(dtype)) {
+      reinterpret_cast<const Wide&>(bits).unpack(x);
     } else {
-      reinterpret_cast<const Vec<scalar_t, N>&>(bits).unpack(x);
+      reinterpret_cast<const Own&>(bits).unpack(x);
     }
   }
 };
 
-template <typename acc>
+template <typename T>
 struct Xy {
-  acc x, y;
+  T x, y;
 };
 
 // A reference point of a query in a level, with its box where it has one.
@@ -205,15 +214,13 @@ struct PointReader {
                        query_index * p.reference_levels * reference_bytes(p);
     }
   }
-  __device__ __forceinline__ void skip(const Params& p, int32_t points) {
-    xy_at_ += int64_t(points) * xy_bytes(p);
-    weight_at_ += int64_t(points) * weight_bytes(p);
+  __device__ __forceinline__ void skip(const Params& p, int64_t points) {
+    xy_at_ += points * xy_bytes(p);
+    weight_at_ += points * weight_bytes(p);
   }
   // On to the same point of a query further on.
   __device__ __forceinline__ void skip_queries(const Params& p, int32_t queries) {
-    const int64_t points = int64_t(p.heads) * p.points;
-    xy_at_ += queries * (points * xy_bytes(p));
-    weight_at_ += queries * (points * weight_bytes(p));
+    skip(p, queries * (int64_t(p.heads) * p.points));
     if constexpr (kIsFused<kSource>) {
       references_at_ += queries * (int64_t(p.reference_levels) * reference_bytes(p));
     }
@@ -282,9 +289,7 @@ struct PointReader {
 
 // A point's position in its level, in pixels.
 template <typename acc>
-struct Position {
-  Coordinate<acc> x, y;
-};
+using Position = Xy<Coordinate<acc>>;
 
 template <typename scalar_t, Source kSource, typename ParamsType>
 __device__ __forceinline__ Position<acc_t<scalar_t>> find_position(
@@ -293,7 +298,8 @@ __device__ __forceinline__ Position<acc_t<scalar_t>> find_position(
   using acc = acc_t<scalar_t>;
   const Xy<acc> xy = point.xy(p);
   if constexpr (!kIsFused<kSource>) {
-    return {Coordinate<acc>(xy.x, level.width), Coordinate<acc>(xy.y, level.height)};
+    return {Coordinate<acc>(located_pixel(xy.x, level.width)),
+            Coordinate<acc>(located_pixel(xy.y, level.height))};
   } else {
     const Reference<acc> reference = point.reference(p, level_index);
     Exact<acc> move_x{xy.x, 0}, move_y{xy.y, 0};
@@ -318,6 +324,36 @@ __device__ __forceinline__ Corners<acc_t<scalar_t>> find_corners(
 template <typename acc>
 struct alignas(4 * sizeof(acc)) PerCorner {
   acc corner[4];
+};
+
+// Corner weight * attention weight.
+template <typename acc>
+__device__ __forceinline__ PerCorner<acc> weigh_corners(const Corners<acc>& corners, acc weight) {
+  PerCorner<acc> weights;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) weights.corner[j] = weight * corners.corner_weight(j);
+  return weights;
+}
+
+// What a lane adds up for the corners that some sorted points share.
+template <int kVec>
+struct CornerSums {
+  float of[4][kVec] = {};
+
+  template <typename Vector>
+  __device__ __forceinline__ void add(const PerCorner<float>& weights, const Vector& row) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) row.add_to(of[j], weights.corner[j]);
+  }
+  // On to other corners, of which the western ones may be the eastern ones so far.
+  __device__ __forceinline__ void move(bool next_column) {
+#pragma unroll
+    for (int c = 0; c < kVec; ++c) {
+      of[0][c] = next_column ? of[1][c] : 0;
+      of[2][c] = next_column ? of[3][c] : 0;
+      of[1][c] = of[3][c] = 0;
+    }
+  }
 };
 
 }  // namespace ms_deform_attn::cuda

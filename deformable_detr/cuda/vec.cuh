@@ -9,21 +9,10 @@
 
 namespace ms_deform_attn::cuda {
 
-// Converts to and from the type that sums are kept in.
-__device__ __forceinline__ double to_acc(double x) { return x; }
-__device__ __forceinline__ float to_acc(float x) { return x; }
-__device__ __forceinline__ float to_acc(half_t x) { return __half2float(x); }
-__device__ __forceinline__ float to_acc(bfloat16_t x) { return __bfloat162float(x); }
-
+// Back, a cast rounds to nearest.
 template <typename scalar_t>
-__device__ __forceinline__ scalar_t from_acc(acc_t<scalar_t> x) {
-  if constexpr (std::is_same_v<scalar_t, half_t>) {
-    return __float2half_rn(x);
-  } else if constexpr (std::is_same_v<scalar_t, bfloat16_t>) {
-    return __float2bfloat16_rn(x);
-  } else {
-    return x;
-  }
+__device__ __forceinline__ acc_t<scalar_t> to_acc(scalar_t x) {
+  return x;
 }
 
 // Two adjacent half-type channels at a time: one instruction each, where taking the upper one out
@@ -37,28 +26,14 @@ __device__ __forceinline__ float2 to_acc_pair(uint32_t word, bfloat16_t) {
 
 // An unsigned type of `bytes` bytes: what one instruction moves.
 template <int bytes>
-struct Bits;
-template <>
-struct Bits<2> {
-  using type = uint16_t;
-};
-template <>
-struct Bits<4> {
-  using type = uint32_t;
-};
-template <>
-struct Bits<8> {
-  using type = uint2;
-};
-template <>
-struct Bits<16> {
-  using type = uint4;
-};
+using Bits = std::conditional_t<bytes <= 4, std::conditional_t<bytes == 2, uint16_t, uint32_t>,
+                                std::conditional_t<bytes == 8, uint2, uint4>>;
 
 // N adjacent channels, moved by one instruction of at most 16 bytes.
 template <typename scalar_t, int N>
 struct Vec {
-  using bits_t = typename Bits<sizeof(scalar_t) * N>::type;
+  using bits_t = Bits<sizeof(scalar_t) * N>;
+  static_assert(sizeof(bits_t) == sizeof(scalar_t) * N);
   bits_t bits{};
 
   // From a tensor that the kernel only reads.
@@ -87,9 +62,16 @@ struct Vec {
     Vec packed;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      reinterpret_cast<scalar_t*>(&packed.bits)[i] = from_acc<scalar_t>(x[i]);
+      reinterpret_cast<scalar_t*>(&packed.bits)[i] = static_cast<scalar_t>(x[i]);
     }
     return packed;
+  }
+  // sum[i] += weight * element i.
+  __device__ __forceinline__ void add_to(acc_t<scalar_t> (&sum)[N], acc_t<scalar_t> weight) const {
+    acc_t<scalar_t> x[N];
+    unpack(x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i] += weight * x[i];
   }
 };
 
