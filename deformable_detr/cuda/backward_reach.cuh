@@ -4,9 +4,7 @@
 // near what they sample, it looks only at the chunks of queries whose reach touches its slice.
 #pragma once
 
-#include "deformable_detr/cuda/backward_kernels.h"
 #include "deformable_detr/cuda/backward_slices.cuh"
-#include "deformable_detr/cuda/launch.cuh"
 
 namespace ms_deform_attn::cuda {
 
@@ -77,17 +75,6 @@ __global__ void __launch_bounds__(kReachThreads)
     reach.last.column = max(reach.last.column, other(reach.last.column));
   }
   if (lane == 0) reaches[reach_index(p, chunks, batch, head, level_index) + chunk] = reach;
-}
-
-template <typename scalar_t>
-void launch_reach_kernel(const BackwardParams& p, const BackwardPlan& plan, void* stream) {
-  with_source<scalar_t>(p, [&](auto source) {
-    const int32_t chunks = plan.slicing.reach_chunks;
-    const int64_t warps = int64_t(chunks) * p.heads * p.levels;
-    const Grid grid{ceil_div<int64_t>(warps, kReachThreads / 32), 1, kReachThreads, 0};
-    launch(reach_kernel<scalar_t, source.value>, p, grid, stream, chunks,
-           in_scratch<Reach>(p, plan.scratch.reaches));
-  });
 }
 
 }  // namespace ms_deform_attn::cuda

@@ -252,7 +252,7 @@ struct SliceCursor {
 // ---------------------------------------------------------------------------------- shared memory
 
 // The shared memory of a gather block, in this order. A point that it holds is known by its slot.
-template <typename acc, typename LevelEntry>
+template <typename acc, typename LevelEntry, int kTeams, int kTeamChannels>
 struct GatherMemory {
   PerCorner<acc>* weights;  // [slot], corner weight * attention weight
   acc* sums;                // [pixel][channel], of `sum_pixels` pixels or one for each team
@@ -271,21 +271,21 @@ struct GatherMemory {
   static __host__ __device__ int cells(const Slicing& slicing) {
     return (slicing.slice_pixels + 2 * kMaxSliceSide + 3) / 2 * 2;
   }
-  static __host__ __device__ int sum_rows(const Slicing& slicing, int teams) {
-    return slicing.sum_pixels > teams ? slicing.sum_pixels : teams;
+  static __host__ __device__ int sum_size(const Slicing& slicing) {
+    return (slicing.sum_pixels > kTeams ? slicing.sum_pixels : kTeams) * kTeamChannels;
   }
-  static int64_t bytes(const Slicing& slicing, int teams, int channels, int32_t levels) {
+  // With room for the levels of a fused call.
+  static int64_t bytes(const Slicing& slicing, int32_t levels) {
     return int64_t(slots(slicing)) *
                (sizeof(PerCorner<acc>) + 2 * sizeof(int32_t) + sizeof(uint16_t)) +
-           int64_t(sum_rows(slicing, teams)) * channels * sizeof(acc) +
-           levels * int64_t(sizeof(LevelEntry) + sizeof(LevelSlices)) +
+           int64_t(sum_size(slicing)) * sizeof(acc) +
+           levels * int64_t(sizeof(FusedLevel<acc>) + sizeof(LevelSlices)) +
            int64_t((1 + kGatherWarps) * cells(slicing) + 2) * sizeof(uint16_t);
   }
-  __device__ GatherMemory(char* memory, const Slicing& slicing, int teams, int channels,
-                          int32_t n_levels) {
+  __device__ GatherMemory(char* memory, const Slicing& slicing, int32_t n_levels) {
     weights = reinterpret_cast<PerCorner<acc>*>(memory);
     sums = reinterpret_cast<acc*>(weights + slots(slicing));
-    levels = reinterpret_cast<LevelEntry*>(sums + sum_rows(slicing, teams) * channels);
+    levels = reinterpret_cast<LevelEntry*>(sums + sum_size(slicing));
     slices = reinterpret_cast<LevelSlices*>(levels + n_levels);
     query_offsets = reinterpret_cast<int32_t*>(slices + n_levels);
     candidates = query_offsets + slots(slicing);
@@ -294,55 +294,5 @@ struct GatherMemory {
     order = warp_cells + kGatherWarps * cells(slicing);
   }
 };
-
-// -------------------------------------------------------------------------------------------- plan
-
-constexpr int kGatherBlocks = 3;  // that share a multiprocessor, if their shared memory allows
-constexpr int kMinCandidates = 128;
-constexpr int kMinSlicePixels = 128;  // before min_slices cuts, or the plan shrinks
-constexpr int kSumPixels = 64;
-constexpr int kStaticBytes = 2048;  // of shared memory that a block has besides, at most
-// With a table of reaches:
-constexpr int kReachMinSlices = 16;
-constexpr int kSumBytes = 32 * 1024;
-
-// For a block whose teams hold `channels` channels each. reach_chunks: as in Slicing.
-template <typename Memory, typename acc>
-Slicing choose_slicing(const BackwardParams& p, const DeviceLimits& limits, int teams, int channels,
-                       int32_t reach_chunks) {
-  const int64_t points = max_level_points(p);
-  Slicing slicing;
-  if (reach_chunks > 0) {
-    const int pixels = std::min(kSumBytes / (channels * int(sizeof(acc))), kMaxSlicePixels);
-    slicing = {pixels, kReachMinSlices, kMaxCandidates, pixels, reach_chunks};
-  } else {
-    // Enough slices to fill the GPU twice, and all points at a time, if they fit.
-    const int64_t blocks_of_slice = p.batch * p.heads * ceil_div(p.channels, channels);
-    const int64_t pixels = p.spatial_size * blocks_of_slice / (2 * limits.multiprocessors);
-    const int64_t of_warp = ceil_div<int64_t>(points, kGatherThreads) * 32;
-    slicing = {int32_t(std::clamp<int64_t>(pixels, kMinSlicePixels, kMaxSlicePixels)), 1,
-               int32_t(std::clamp<int64_t>(of_warp, 32, kMaxCandidates)), kSumPixels, 0};
-  }
-  const auto shrink = [&](int64_t bytes, int candidates, int pixels) {
-    const auto fits = [&] { return Memory::bytes(slicing, teams, channels, p.levels) <= bytes; };
-    while (slicing.candidates > candidates && !fits()) slicing.candidates -= 32;
-    while (slicing.slice_pixels > pixels && !fits()) {
-      slicing.slice_pixels /= 2;
-      slicing.sum_pixels = std::min(slicing.sum_pixels, slicing.slice_pixels);
-    }
-  };
-  const int shared = std::max(limits.multiprocessor_memory / kGatherBlocks, 48 * 1024);
-  shrink(std::min(limits.block_memory, shared) - kStaticBytes, kMinCandidates, kMinCutPixels);
-  shrink(limits.block_memory - kStaticBytes, 32, 2);
-  if (reach_chunks == 0 && points > Memory::slots(slicing)) {
-    slicing.min_slices = int32_t(ceil_div<int64_t>(4 * points, 3 * Memory::slots(slicing)));
-  }
-  return slicing;
-}
-
-// About as many slices as all levels have.
-inline int64_t estimate_slices(const Params& p, const Slicing& slicing) {
-  return p.spatial_size / slicing.slice_pixels * 5 / 4 + int64_t(p.levels) * slicing.min_slices + 2;
-}
 
 }  // namespace ms_deform_attn::cuda
