@@ -19,14 +19,14 @@ namespace {
 
 constexpr int kGatherBlocks = 3;  // that share a multiprocessor, if their shared memory allows
 
-// Sums the pixels that are in no slice: zero for those of no level, and the points of all levels
-// that overlap there. No model has such pixels, but metadata on a GPU cannot be refused. Each team
-// tests each point of those levels for each of its pixels, without sorting. Not inlined, called at
-// the kernel's end and without a pointer to what the kernel keeps in registers; otherwise the
-// kernel is 1.04 to 1.7 times slower (H100, 2026-11-28).
+// Sums the levels that overlap others. No model has such levels, but metadata on a GPU cannot be
+// refused. The first level that has a pixel sums the points of all levels that have it: each team
+// tests each of those points for each of its pixels, without sorting. Not inlined, called at the
+// kernel's end and without a pointer to what the kernel keeps in registers; otherwise the kernel is
+// 1.04 to 1.7 times slower (H100, 2026-11-28).
 template <typename Block>
-__device__ __noinline__ void sum_without_slices(const BackwardParams& p, const Slicing& slicing,
-                                                const void* softmaxes, int64_t first_batch) {
+__device__ __noinline__ void sum_overlapping(const BackwardParams& p, const Slicing& slicing,
+                                             const void* softmaxes, int64_t first_batch) {
   using acc = typename Block::acc;
   extern __shared__ __align__(32) char memory[];
   const typename Block::Memory shared(memory, slicing, p.levels);
@@ -37,7 +37,7 @@ __device__ __noinline__ void sum_without_slices(const BackwardParams& p, const S
     const int32_t pixel = static_cast<int32_t>(i);
     int32_t first = 0;
     while (first < p.levels && !shared.levels[first].has_pixel(pixel)) ++first;
-    if (first < p.levels && !shared.slices[first].overlaps) continue;
+    if (first == p.levels || !shared.slices[first].overlaps) continue;
     typename Block::Sum sum = {};
     for (int32_t l = first; l < p.levels; ++l) {
       const auto& level = shared.levels[l];
@@ -85,6 +85,8 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
   const Block block(p, slicing, shared, softmaxes, first_batch);
   const int32_t slice_blocks = Block::slice_blocks(p);
   const int team = Block::team();
+
+  if (!filled && blockIdx.x < slice_blocks) block.zero_uncovered();
 
   int64_t slice_index = blockIdx.x / slice_blocks;
   __syncthreads();
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     }
     __syncthreads();
   }
-  if (!filled) sum_without_slices<Block>(p, slicing, softmaxes, first_batch);
+  if (!filled) sum_overlapping<Block>(p, slicing, softmaxes, first_batch);
   wait_for_previous_kernel();
 }
 

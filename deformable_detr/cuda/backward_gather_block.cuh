@@ -108,6 +108,21 @@ struct GatherBlock {
     return slice;
   }
 
+  // ------------------------------------------------------------------------------------- zero
+
+  // Zeroes pixels that belong to no level.
+  __device__ __forceinline__ void zero_uncovered() const {
+    for (int64_t i = team(); i < p.spatial_size; i += kTeams) {
+      const int32_t pixel = static_cast<int32_t>(i);
+      bool in_a_level = false;
+      for (int32_t l = 0; l < p.levels; ++l) {
+        const Level& level = shared.levels[l];
+        in_a_level |= level.has_pixel(pixel);
+      }
+      if (!in_a_level) store(pixel, Sum{});
+    }
+  }
+
   // ------------------------------------------------------------------------------------- find
 
   __device__ __forceinline__ Search start_search(const Slice& slice, const Reach* reaches) const {
@@ -125,14 +140,14 @@ struct GatherBlock {
     return query;
   }
 
+  // reference: of a fused call.
   __device__ __forceinline__ bool may_touch(const Slice& slice, const MayTouch<acc>& may_touch_x,
-                                            const MayTouch<acc>& may_touch_y,
-                                            const Point& point) const {
+                                            const MayTouch<acc>& may_touch_y, const Point& point,
+                                            const Reference<acc>& reference) const {
     const Xy<acc> xy = point.xy(p);
     if constexpr (!kFused) {
       return may_touch_x(xy.x, p.method) & may_touch_y(xy.y, p.method);
     } else {
-      const Reference<acc> reference = point.reference(p, slice.level_index);
       const bool box = p.reference_coordinates == 4;
       const acc x = box ? reference.width * slice.level.units.x.rounded : 1;
       const acc y = box ? reference.height * slice.level.units.y.rounded : 1;
@@ -172,18 +187,21 @@ struct GatherBlock {
         if (!found) continue;
       }
       const int32_t index = search.next + lane();
+      // Reference points are read ahead, too: in float it saves up to 10% of the time (H100).
       Point point[kLookAhead];
+      Reference<acc> reference[kLookAhead];
 #pragma unroll
       for (int i = 0; i < kLookAhead; ++i) {
         if (index + i * search.step < search.end) {
           seek(slice, index + i * search.step, point[i]);
           point[i].read_xy(p);
+          if constexpr (kFused) reference[i] = point[i].reference(p, slice.level_index);
         }
       }
 #pragma unroll
       for (int i = 0; i < kLookAhead; ++i) {
         const bool touches = index + i * search.step < search.end &&
-                             may_touch(slice, may_touch_x, may_touch_y, point[i]);
+                             may_touch(slice, may_touch_x, may_touch_y, point[i], reference[i]);
         const unsigned touching = __ballot_sync(0xffffffff, touches);
         full |= count + __popc(touching) > slicing.candidates;
         if (full) continue;
@@ -219,9 +237,14 @@ struct GatherBlock {
       candidates[i] = cell;
       if (cell == kOutside) continue;
       atomicAdd(cell_counts + cell / 2, cell & 1 ? 1u << 16 : 1u);
+      const acc weight = find_weight(p, point, softmax);
+      const acc right = at.x.fraction, down = at.y.fraction;
       const int slot = warp() * slicing.candidates + i;
-      shared.weights[slot] = weigh_corners(Corners<acc>(at.x, at.y, slice.level, p.method),
-                                           find_weight(p, point, softmax));
+      shared.weights[slot] =
+          p.method == Method::nearest
+              ? PerCorner<acc>{weight, 0, 0, 0}
+              : PerCorner<acc>{weight * ((1 - right) * (1 - down)), weight * (right * (1 - down)),
+                               weight * ((1 - right) * down), weight * (right * down)};
       shared.query_offsets[slot] = Indexing::offset(p, query);
     }
   }

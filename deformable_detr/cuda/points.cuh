@@ -214,13 +214,15 @@ struct PointReader {
                        query_index * p.reference_levels * reference_bytes(p);
     }
   }
-  __device__ __forceinline__ void skip(const Params& p, int64_t points) {
-    xy_at_ += points * xy_bytes(p);
-    weight_at_ += points * weight_bytes(p);
+  __device__ __forceinline__ void skip(const Params& p, int32_t points) {
+    xy_at_ += int64_t(points) * xy_bytes(p);
+    weight_at_ += int64_t(points) * weight_bytes(p);
   }
   // On to the same point of a query further on.
   __device__ __forceinline__ void skip_queries(const Params& p, int32_t queries) {
-    skip(p, queries * (int64_t(p.heads) * p.points));
+    const int64_t points = int64_t(p.heads) * p.points;
+    xy_at_ += queries * (points * xy_bytes(p));
+    weight_at_ += queries * (points * weight_bytes(p));
     if constexpr (kIsFused<kSource>) {
       references_at_ += queries * (int64_t(p.reference_levels) * reference_bytes(p));
     }
