@@ -2,7 +2,7 @@
 //
 // A block owns a slice, a rectangle of a level's pixels, and finds the points that touch it. It
 // holds as many at a time as have room in shared memory: kGatherWarps * candidates. What is done
-// about more of them, first when the backward is planned, then in the block:
+// about more of them, first when the backward is planned (backward_gather.cu), then in the block:
 //
 // * The plan fits slices to the GPU. choose_slicing() takes as much shared memory as lets
 //   kGatherBlocks blocks share a multiprocessor. Where candidates and slices would become too small
