@@ -40,8 +40,7 @@ def call(operation: Operation, tensors: Tensors, options: Options, by_op: bool =
                     if private.is_tracing():
                         return operation.op(*tensors, *options)
                     return _record((operation, options), *tensors)
-        with private.below_autograd():
-            return operation.op(*tensors, *options)
+        return _run(operation, tensors, options)
     except RuntimeError as error:
         if _has_unknown_tensors(tensors):
             from . import sharding  # noqa: F401
@@ -51,6 +50,14 @@ def call(operation: Operation, tensors: Tensors, options: Options, by_op: bool =
         if clearer is None:
             raise
         raise clearer from error
+
+
+def _run(operation: Operation, tensors: Tensors, options: Options) -> Any:
+    """The op's result. Autograd is told nothing of it."""
+    with private.below_autograd():
+        if options == operation.omissible:
+            return operation.op(*tensors)
+        return operation.op(*tensors, *options)
 
 
 def _call_transformed(operation: Operation, tensors: Tensors, options: Options) -> Any:
@@ -136,10 +143,10 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Tuple[Any, Options], *tensors: torch.Tensor) -> Any:
         ctx.call = operation, options = call
+        if native.keeping is None or not isinstance(operation, Forward):
+            ctx.save_for_backward(*tensors)
+            return _run(operation, tensors, options)
         with private.below_autograd():
-            if native.keeping is None or not isinstance(operation, Forward):
-                ctx.save_for_backward(*tensors)
-                return operation.op(*tensors, *options)
             output, kept = native.keeping(operation.op, (*tensors, *options))
         ctx.save_for_backward(*tensors, *kept)
         return output
@@ -161,8 +168,7 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     def forward(call: Tuple[Any, Options], *tensors: torch.Tensor) -> Any:
         operation, options = call
-        with private.below_autograd():
-            return operation.op(*tensors, *options)
+        return _run(operation, tensors, options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:

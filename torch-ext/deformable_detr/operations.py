@@ -24,6 +24,7 @@ class Operation:
         differentiable: the positions of the arguments that have a gradient.
         weights: the position of the attention weights or logits: one for each sampling point.
         defaults: the options that stand for those that a call of the op leaves out.
+        omissible: the defaults, if a call may leave out all of them, which saves up to 2 us.
     """
 
     def __init__(self, name: str, tensors: Tuple[str, ...], defaults: Options):
@@ -31,6 +32,8 @@ class Operation:
         self.op_name, self.name = name, add_op_namespace_prefix(name)
         self.tensors = tensors
         self.defaults = defaults
+        arguments = self.op._schema.arguments[len(tensors) :]
+        self.omissible = defaults if all(a.has_default_value() for a in arguments) else None
         self.weights = 5 if "attention_logits" in tensors else 4
         integers = ("spatial_shapes", "level_start_index")
         self.differentiable = tuple(i for i, x in enumerate(tensors) if x not in integers)

@@ -40,13 +40,16 @@ def fast_apply(function: Type[torch.autograd.Function]) -> Callable[..., Any]:
     """
     if _is_dead is None or "apply" not in vars(torch.autograd.Function):
         return function.apply
+    is_dead = _is_dead
     direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(call: Any, *tensors: torch.Tensor) -> Any:
         try:
-            slow = any(map(_is_dead, tensors))
+            for tensor in tensors:
+                if is_dead(tensor):
+                    return function.apply(call, *tensors)
         except TypeError:  # one is no tensor, which the op will say
-            slow = True
-        return function.apply(call, *tensors) if slow else direct(call, *tensors)
+            return function.apply(call, *tensors)
+        return direct(call, *tensors)
 
     return apply
