@@ -1,7 +1,8 @@
 """The operators and their gradients by ``grid_sample`` on each level, as eager models sample.
 
 grid_sample takes coordinates in [-1, 1], and in float32 so places a point on a map 334 pixels wide
-with an error of up to 1e-5 pixels. It keeps every sample: memory is that of eager models.
+with an error of up to 1e-5 pixels. It keeps every sample: a training call takes as much memory as
+an eager one, and with few queries up to twice as much, as eager mode frees one map after the other.
 """
 
 from typing import List, NamedTuple, Optional, Sequence
@@ -158,26 +159,20 @@ def backward(
     """The gradients of value, reference points, coordinates and weights; None if not asked for."""
     operands = Operands(inputs, kept)
     weights, levels = operands.weights, [level for level in inputs.levels if level.count]
-    batch, pixels, heads, channels = inputs.value.shape
+    batch, _, heads, channels = inputs.value.shape
     of_output = inputs.grad_output.view(batch, -1, heads, channels).permute(0, 2, 3, 1)
     of_output = operands.by_row(of_output).unsqueeze(-1)
     of_places = for_points or for_reference
     of_weights = (operands.samples * of_output).sum(1) if of_places else None
     of_samples = (of_output * weights).split([level.count for level in levels], -1)
-    grids, grad_value = [], None
-    if for_value:
-        make = (
-            inputs.value.new_empty if len(levels) == len(inputs.levels) else inputs.value.new_zeros
-        )
-        grad_value = make(batch, pixels, heads, channels)
+    grids, of_maps = [], {}
     for level, of_level in zip(levels, of_samples):
         of_map, of_grid = torch.ops.aten.grid_sampler_2d_backward.default(
             of_level, *operands.of(level), *_OPTIONS, (for_value, of_places)
         )
         grids.append(of_grid)
-        if for_value:
-            rows = grad_value[:, level.start : level.start + level.height * level.width]
-            rows.copy_(of_map.view(batch, heads, channels, -1).permute(0, 3, 1, 2))
+        of_maps[level.start] = of_map
+    grad_value = _of_value(inputs, of_maps, bool(kept)) if for_value else None
     if not of_places:
         return grad_value, None, None, None
     grid = grids[0] if len(grids) == 1 else torch.cat(grids, 2)
@@ -195,6 +190,30 @@ def backward(
         _contiguous((grid * reach).transpose(1, 2), inputs.coordinates.dtype),
         _contiguous(of_weights, inputs.weights.dtype),
     )
+
+
+def _of_value(inputs: Inputs, of_maps: dict, as_maps: bool) -> torch.Tensor:
+    """The gradient of value.
+
+    Args:
+        of_maps: those of the levels with points, by start.
+        as_maps: whether it may lie in memory as maps do, a channel's pixels together: so do the
+            gradients of eager models. (ddetr_decoder_b4's training call takes 954 us on an H100,
+            and 1084 if the gradient is contiguous, which callers of the op itself expect.)
+    """
+    batch, _, heads, channels = inputs.value.shape
+    maps = []
+    for level in sorted(inputs.levels, key=lambda level: level.start):
+        size = level.height * level.width
+        if level.count:
+            of_map = of_maps[level.start].view(batch, heads, channels, size).permute(0, 3, 1, 2)
+        else:
+            of_map = inputs.value.new_zeros(batch, size, heads, channels)
+        maps.append(of_map)
+    grad_value = torch.cat(maps, 1)
+    if as_maps:
+        return grad_value.to(inputs.value.dtype)
+    return _contiguous(grad_value, inputs.value.dtype)
 
 
 def _of_references(operands: Operands, of_grid: torch.Tensor) -> torch.Tensor:
