@@ -5,12 +5,11 @@
 // Writes the softmax of the logits.
 template <typename scalar_t>
 void weigh_rows(const Params& p, acc_t<scalar_t>* weights, Tasks& tasks) {
-  for_whole_rows(
-      p, std::max(1, kBlockPoints / p.points), tasks, [&](const Block& block) MSDA_INLINE_LAMBDA {
-        acc_t<scalar_t>* weight = weights + block.row * p.points;
-        read_numbers<scalar_t>(p.attention_logits, block.row * p.points, block.count(), weight);
-        softmax(weight, block.rows, p.points);
-      });
+  for_whole_rows(p, block_rows(p), tasks, [&](const Block& block) MSDA_INLINE_LAMBDA {
+    acc_t<scalar_t>* weight = weights + block.row * p.points;
+    read_numbers<scalar_t>(p.attention_logits, block.row * p.points, block.count(), weight);
+    softmax(weight, block.rows, p.points);
+  });
 }
 
 // A row's gradients of its reference points. A gradient of zero adds nothing, even if an operand is
@@ -57,7 +56,7 @@ template <typename scalar_t>
 void differentiate_rows(const BackwardParams& p, const std::vector<Level>& levels, Tasks& tasks) {
   using acc = acc_t<scalar_t>;
   const bool box = p.reference_coordinates == 4;
-  const int32_t rows_at_once = std::max(1, kBlockPoints / p.points);
+  const int32_t rows_at_once = block_rows(p);
   const Points<acc> points(p, levels, rows_at_once, p.points);
   const Array<acc> offsets(2 * points.capacity), unit(2 * points.capacity),
       grad_offsets(2 * points.capacity);

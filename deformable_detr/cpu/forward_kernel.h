@@ -77,7 +77,7 @@ MSDA_INLINE void find_offsets(const Params& p, const Block& block, const Points<
 template <typename scalar_t>
 void forward(const Params& p, const std::vector<Level>& levels, Tasks& tasks) {
   using acc = acc_t<scalar_t>;
-  const int32_t rows_at_once = std::max(1, kBlockPoints / p.points);
+  const int32_t rows_at_once = block_rows(p);
   const int32_t capacity = rows_at_once * p.points + kPointsAhead;
 
   const Points<acc> points(p, levels, rows_at_once, p.points);

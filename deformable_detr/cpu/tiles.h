@@ -15,6 +15,17 @@ constexpr int64_t kTileBytes = 960 << 10;  // with the rest, below 1 MB a thread
 constexpr int64_t kFewestTiles = 32;       // of a call, about, so that all threads have work
 constexpr int32_t kRegisterBytes = 64;  // of the largest: all instruction sets cut the same tiles
 
+// How many of `rows` rows with so many points each are handled together. Not more than there are, so
+// that a small call clears small tables.
+inline int32_t block_rows(int32_t points, int64_t rows) {
+  return std::max<int64_t>(1, std::min<int64_t>(kBlockPoints / points, rows));
+}
+
+// The same for whole rows of a call.
+inline int32_t block_rows(const Params& p) {
+  return block_rows(p.points, p.batch * p.queries * p.heads);
+}
+
 // Some rows of a level's map: those in [top, bottom).
 struct Tile {
   Level level;
@@ -59,7 +70,7 @@ Tiles cut_tiles(const Params& p) {
     first_point += points;
     most_points = std::max(most_points, points);
   }
-  result.queries_of_block = std::max(1, kBlockPoints / most_points);
+  result.queries_of_block = block_rows(most_points, p.queries);
   result.points_of_block = result.queries_of_block * most_points;
   result.blocks = (p.queries + result.queries_of_block - 1) / result.queries_of_block;
   return result;

@@ -29,26 +29,32 @@ inline std::vector<Level> read_levels(const Params& p) {
 }
 
 // Zeros, unless told otherwise, from a cache line's boundary on. Whole cache lines are allocated,
-// so that SIMD registers, which are no longer, may be stored beyond the last element.
+// so that SIMD registers, which are no longer, may be stored beyond the last element. By malloc, as
+// aligned_alloc of glibc before 2.38 does not hand out again what was freed last: a backward makes
+// 70 arrays and more.
 template <typename T>
 class Array {
  public:
   Array(int64_t size, bool zero = true) {
-    const size_t bytes = (size * sizeof(T) / 64 + 1) * 64;
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!data_) {
+    constexpr size_t line = 64;
+    const size_t bytes = (size * sizeof(T) / line + 1) * line;
+    memory_.reset(std::malloc(bytes + line));
+    if (!memory_) {
       throw std::runtime_error("out of memory: ms_deform_attn on cpu cannot allocate " +
                                std::to_string(bytes) + " bytes");
     }
-    if (zero) std::memset(static_cast<void*>(data_.get()), 0, bytes);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<T*>((address + line - 1) / line * line);
+    if (zero) std::memset(static_cast<void*>(data_), 0, bytes);
   }
-  operator T*() const { return data_.get(); }
+  operator T*() const { return data_; }
 
  private:
   struct Free {
-    void operator()(T* data) const { std::free(data); }
+    void operator()(void* memory) const { std::free(memory); }
   };
-  std::unique_ptr<T, Free> data_;
+  std::unique_ptr<void, Free> memory_;
+  T* data_;
 };
 
 // The tasks of a call. Threads take one after the other, so that none waits for a slower one. What
