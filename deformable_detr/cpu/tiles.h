@@ -15,8 +15,8 @@ constexpr int64_t kTileBytes = 960 << 10;  // with the rest, below 1 MB a thread
 constexpr int64_t kFewestTiles = 32;       // of a call, about, so that all threads have work
 constexpr int32_t kRegisterBytes = 64;  // of the largest: all instruction sets cut the same tiles
 
-// How many of `rows` rows with so many points each are handled together. Not more than there are, so
-// that a small call clears small tables.
+// How many of `rows` rows with so many points each are handled together. Not more than there are,
+// so that a small call clears small tables.
 inline int32_t block_rows(int32_t points, int64_t rows) {
   return std::max<int64_t>(1, std::min<int64_t>(kBlockPoints / points, rows));
 }

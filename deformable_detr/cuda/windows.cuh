@@ -96,7 +96,7 @@ inline WindowLayout plan_windows(const Params& p, int warp_bytes, int64_t memory
   constexpr double kBlockCost = 60;  // what a block costs beside its queries, as queries
   const int64_t slices = p.heads * p.batch;
   double finest = 0;  // pixels of the finest level, each of the next half as wide
-  for (int32_t l = 0; l < p.levels; ++l) finest += std::pow(0.25, l);
+  for (int32_t l = 0; l < p.levels; ++l) finest = 1 + finest / 4;
   finest = p.queries / finest;
   const auto layout_of = [&](int64_t regions) {
     WindowLayout layout{};

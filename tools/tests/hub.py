@@ -116,7 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content[: fault.sent if fault else None])
-        self.close_connection = fault is not None
+        # Only a client that was cut off expects that.
+        self.close_connection |= fault is not None and fault.sent is not None
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
