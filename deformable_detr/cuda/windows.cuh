@@ -94,14 +94,14 @@ inline WindowLayout plan_windows(const Params& p, int warp_bytes, int64_t memory
                                  int multiprocessors) {
   constexpr int64_t kMinRegionQueries = 128, kMaxListed = 4096;
   constexpr double kBlockCost = 60;  // what a block costs beside its queries, as queries
-  const int64_t slices = p.heads * p.batch;
+  const int64_t slices = count_slices(p), at_once = int64_t(multiprocessors) * kWindowBlocks;
   double finest = 0;  // pixels of the finest level, each of the next half as wide
   for (int32_t l = 0; l < p.levels; ++l) finest = 1 + finest / 4;
   finest = p.queries / finest;
   const auto layout_of = [&](int64_t regions) {
     WindowLayout layout{};
     layout.regions = static_cast<int32_t>(regions);
-    layout.first_blocks = multiprocessors * kWindowBlocks;
+    layout.first_blocks = static_cast<int32_t>(at_once);
     layout.list = kWindowWarps * warp_bytes;
     const int64_t queries = ceil_div<int64_t>(p.queries, regions) * 5 / 4 + 128;
     layout.list_queries = static_cast<int32_t>(std::min(queries, kMaxListed) / 4 * 4);
@@ -122,7 +122,6 @@ inline WindowLayout plan_windows(const Params& p, int warp_bytes, int64_t memory
   if (most == 0 || !fits(most)) return {};
   while (most - least > 1) (fits((least + most) / 2) ? most : least) = (least + most) / 2;
   // All blocks take a number of turns, of so many at a time.
-  const int64_t at_once = int64_t(multiprocessors) * kWindowBlocks;
   const int64_t first_turns = ceil_div(most * slices, at_once);
   int64_t best = most;
   double least_cost = INFINITY;

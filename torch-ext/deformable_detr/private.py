@@ -44,12 +44,13 @@ def fast_apply(function: Type[torch.autograd.Function]) -> Callable[..., Any]:
     direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(call: Any, *tensors: torch.Tensor) -> Any:
+        run = direct
         try:
             for tensor in tensors:
                 if is_dead(tensor):
-                    return function.apply(call, *tensors)
+                    run = function.apply
         except TypeError:  # one is no tensor, which the op will say
-            return function.apply(call, *tensors)
-        return direct(call, *tensors)
+            run = function.apply
+        return run(call, *tensors)
 
     return apply
