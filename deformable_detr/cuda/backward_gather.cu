@@ -31,8 +31,8 @@ __device__ __noinline__ void sum_overlapping(const BackwardParams& p, const Slic
   extern __shared__ __align__(32) char memory[];
   const typename Block::Memory shared(memory, slicing, p.levels);
   const Block block(p, slicing, shared, softmaxes, first_batch);
-  const int32_t first_pixel = blockIdx.x / Block::slice_blocks(p) * Block::kTeams + Block::team();
-  const int32_t step = gridDim.x / Block::slice_blocks(p) * Block::kTeams;
+  const int32_t first_pixel = blockIdx.y * Block::kTeams + Block::team();
+  const int32_t step = gridDim.y * Block::kTeams;
   for (int64_t i = first_pixel; i < p.spatial_size; i += step) {
     const int32_t pixel = static_cast<int32_t>(i);
     int32_t first = 0;
@@ -83,12 +83,11 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
   }
 
   const Block block(p, slicing, shared, softmaxes, first_batch);
-  const int32_t slice_blocks = Block::slice_blocks(p);
   const int team = Block::team();
 
-  if (!filled && blockIdx.x < slice_blocks) block.zero_uncovered();
+  if (!filled && blockIdx.y == 0) block.zero_uncovered();
 
-  int64_t slice_index = blockIdx.x / slice_blocks;
+  int64_t slice_index = blockIdx.y;
   __syncthreads();
   if (threadIdx.x == 0) cursor.seek(p, shared.levels, shared.slices, slice_index);
   __syncthreads();
@@ -109,25 +108,32 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
         if (halved) {
           cursor.halve();
         } else if (!cursor.advance()) {
-          slice_index += gridDim.x / slice_blocks;
+          slice_index += gridDim.y;
           cursor.seek(p, shared.levels, shared.slices, slice_index);
         }
       }
       if (halved) break;
       block.weigh(slice, count);
       __syncthreads();
-      const int32_t total = block.sort(slice, count);
+      block.sort(slice, count);
       __syncthreads();
 
       // Each team adds up its pixels. Where that is all, it stores them at once.
       at_once = first_round && !more && replicas == 1;
-      for (int32_t i = team; i < pixels * replicas; i += kTeams) {
-        const int32_t replica = replicas == 1 ? 0 : i / pixels, pixel = i - replica * pixels;
-        typename Block::Sum sum = {};
-        block.add(slice, total, pixel, replica, replicas, sum);
-        if (at_once) {
+      if (at_once) {
+        const int32_t touched = block.order_pixels(slice);
+        __syncthreads();
+        for (int32_t i = team; i < pixels; i += kTeams) {
+          const int32_t pixel = block.pixel_order()[i];
+          typename Block::Sum sum = {};
+          if (i < touched) block.add(slice, pixel, 0, 1, sum);
           block.store(Block::index_in_value(slice, pixel), sum);
-        } else {
+        }
+      } else {
+        for (int32_t i = team; i < pixels * replicas; i += kTeams) {
+          const int32_t replica = replicas == 1 ? 0 : i / pixels, pixel = i - replica * pixels;
+          typename Block::Sum sum = {};
+          block.add(slice, pixel, replica, replicas, sum);
           acc* kept = block.kept_sum(i);
 #pragma unroll
           for (int c = 0; c < kVec; ++c) kept[c] = first_round ? sum[c] : kept[c] + sum[c];
@@ -261,9 +267,8 @@ void launch_reach(const BackwardParams& params, const BackwardPlan& plan, void* 
 
 void launch_gather(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
   const GatherLaunch chosen = choose_kernel(params);
-  const int64_t slices =
-      std::min(estimate_slices(params, plan.slicing), INT32_MAX / chosen.slice_blocks);
-  const Grid grid{slices * chosen.slice_blocks, 1, kGatherThreads,
+  const int64_t slices = std::min(estimate_slices(params, plan.slicing), kMaxBlocksYZ);
+  const Grid grid{chosen.slice_blocks, slices, kGatherThreads,
                   chosen.shared_memory(plan.slicing, params.levels), plan.overlaps_points};
   launch(chosen.kernel, params, grid, stream, plan.slicing,
          in_scratch<const void>(params, plan.scratch.softmaxes),

@@ -33,6 +33,7 @@ constexpr int kMaxCandidates = 512;                      // that a warp holds
 constexpr int kMaxHeld = kMaxCandidates * kGatherWarps;  // that a block holds
 constexpr int kMaxSlicePixels = 1024;
 constexpr int kMaxSliceSide = 64;  // of a slice
+constexpr int kCountBins = 32;     // of pixels, by how many points touch them; one for each lane
 static_assert(kMaxHeld < 1 << 16, "slots of points and counts of them have 16 bits");
 
 // ------------------------------------------------------------------------------------------- cells
@@ -263,6 +264,7 @@ struct GatherMemory {
   uint16_t* cell_starts;   // [cell], of its points in `order`; one more entry holds the end
   uint16_t* warp_cells;    // [warp][cell], the warp's points there, and later where the next goes
   uint16_t* order;         // slots, sorted by cell
+  int32_t* count_bins;     // [kCountBins], pixels by how many points touch them
 
   static __host__ __device__ int slots(const Slicing& slicing) {
     return kGatherWarps * slicing.candidates;
@@ -280,7 +282,8 @@ struct GatherMemory {
                (sizeof(PerCorner<acc>) + 2 * sizeof(int32_t) + sizeof(uint16_t)) +
            int64_t(sum_size(slicing)) * sizeof(acc) +
            levels * int64_t(sizeof(FusedLevel<acc>) + sizeof(LevelSlices)) +
-           int64_t((1 + kGatherWarps) * cells(slicing) + 2) * sizeof(uint16_t);
+           int64_t((1 + kGatherWarps) * cells(slicing) + 2) * sizeof(uint16_t) +
+           kCountBins * sizeof(int32_t);
   }
   __device__ GatherMemory(char* memory, const Slicing& slicing, int32_t n_levels) {
     weights = reinterpret_cast<PerCorner<acc>*>(memory);
@@ -288,7 +291,8 @@ struct GatherMemory {
     levels = reinterpret_cast<LevelEntry*>(sums + sum_size(slicing));
     slices = reinterpret_cast<LevelSlices*>(levels + n_levels);
     query_offsets = reinterpret_cast<int32_t*>(slices + n_levels);
-    candidates = query_offsets + slots(slicing);
+    count_bins = query_offsets + slots(slicing);
+    candidates = count_bins + kCountBins;
     cell_starts = reinterpret_cast<uint16_t*>(candidates + slots(slicing));
     warp_cells = cell_starts + cells(slicing) + 2;
     order = warp_cells + kGatherWarps * cells(slicing);

@@ -1,9 +1,20 @@
-// An exclusive scan over the threads of a block.
+// Scans over the threads of a warp or a block.
 #pragma once
 
 #include <cstdint>
 
 namespace ms_deform_attn::cuda {
+
+// Returns the sum of x over the warp's lanes up to this one.
+__device__ __forceinline__ int32_t inclusive_warp_scan(int32_t x) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int32_t other = __shfl_up_sync(0xffffffff, x, offset);
+    if (lane >= offset) x += other;
+  }
+  return x;
+}
 
 // Returns the sum of x over the block's threads before this one; `total` becomes the sum over all.
 // The block has to meet (__syncthreads) between two calls.
@@ -11,12 +22,7 @@ template <int kWarps>
 __device__ __forceinline__ int32_t exclusive_scan(int32_t x, int32_t& total) {
   __shared__ int32_t warp_sums[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int32_t sum = x;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int32_t other = __shfl_up_sync(0xffffffff, sum, offset);
-    if (lane >= offset) sum += other;
-  }
+  const int32_t sum = inclusive_warp_scan(x);
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
   total = 0;
