@@ -67,12 +67,13 @@ Tensor forward(Inputs&& inputs) try {
 #if defined(USE_CUDA)
   if (inputs.value.is_cuda()) {
     on_device(inputs.value, [&](void* stream) {
+      const cuda::ForwardPlan plan = cuda::plan_forward(params);
       Tensor scratch;
-      if (const int64_t bytes = cuda::forward_scratch(params); bytes > 0) {
-        scratch = torch::stable::new_empty(inputs.value, {bytes}, ScalarType::Byte);
+      if (plan.scratch_bytes > 0) {
+        scratch = torch::stable::new_empty(inputs.value, {plan.scratch_bytes}, ScalarType::Byte);
         params.windows = scratch.data_ptr();
       }
-      cuda::forward(params, stream);
+      cuda::forward(params, plan, stream);
     });
     return output;
   }

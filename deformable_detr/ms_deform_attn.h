@@ -53,8 +53,8 @@ struct Params {
   int32_t reference_coordinates;  // 2: (x, y), or 4: (x, y, width, height)
   double offset_scale;            // for 4 coordinates
 
-  // Scratch of the forward on a GPU, or null: cuda::forward_scratch() bytes.
-  void* windows;  // see cuda/windows.cuh
+  // Scratch of the forward on a GPU, if its plan wants some: see cuda::ForwardPlan.
+  void* windows;
 
   MSDA_HOST_DEVICE bool fused() const { return reference_points.data != nullptr; }
 };
@@ -123,11 +123,6 @@ void forward(const Params& params);
 void backward(const BackwardParams& params);
 }  // namespace cpu
 
-namespace cuda {
-// What a forward wants of scratch, in bytes; without, it is slower.
-int64_t forward_scratch(const Params& params);
-void forward(const Params& params, void* stream);
-// The backward follows a plan: see cuda/plan.h.
-}  // namespace cuda
+// On a GPU both follow plans: see cuda/plan.h.
 
 }  // namespace ms_deform_attn

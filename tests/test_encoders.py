@@ -1,4 +1,4 @@
-"""Encoders that a GPU serves through windows in shared memory, in half types (cuda/windows.cuh)."""
+"""Encoders that a GPU serves through windows in shared memory (cuda/windows.cuh)."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ from cases import HALF_DTYPES, Case, assert_close, make_fused_inputs, make_input
 
 SIZES = {"queries": 4352, "channels": 32, "locations": "encoder"}
 CASES = [
+    Case("one_level", ((64, 68),), **SIZES),
     Case("three_levels", ((16, 16), (32, 32), (48, 64)), **SIZES),
     Case("four_levels", ((40, 80), (24, 32), (16, 16), (8, 16)), **SIZES),
     Case("five_levels", ((40, 80), (24, 32), (16, 16), (8, 14), (4, 4)), **SIZES),
@@ -34,7 +35,7 @@ def operator(functions, fused):
 
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_reference(kernel, device, case, dtype, fused, far):
     inputs = make(case, dtype, device, fused, far)
@@ -44,10 +45,11 @@ def test_matches_reference(kernel, device, case, dtype, fused, far):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_values_that_are_not_finite(kernel, device, case, fused):
+def test_values_that_are_not_finite(kernel, device, case, dtype, fused):
     """They reach the rows that sample them, and no others."""
-    inputs = make(case, torch.float16, device, fused)
+    inputs = make(case, dtype, device, fused)
     value = inputs.value.view(-1)
     for i, bad in enumerate([torch.inf, -torch.inf, torch.nan]):
         value[1000 + i :: 50021] = bad

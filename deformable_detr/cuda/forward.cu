@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
   const int32_t all_points = p.points;
   const int own_slot = Layout::first_slot() + lane * Layout::kPitch;
   const int group_slot = Layout::first_slot() + split * Layout::kPitch;
-  const bool strips = !kCompact && kForwardStrips<scalar_t, kSource> && queries_are_pixels(p);
+  const bool strips =
+      !kCompact && !kIfLeft && kForwardStrips<scalar_t, kSource> && queries_are_pixels(p);
 
   __shared__ FetchedTile fetched;
   const auto row_of = [&](int tile) {
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(Schedule::kThreads, Schedule::kBlocks)
     // Blocks may end while windows are still being served. One waits for them, and with it whatever
     // follows in the stream.
     if (blockIdx.x == 0) wait_for_previous_kernel();
-    if (!left_by_windows(p)) return;
+    if (!left_by_windows(p, sizeof(scalar_t) == 2 ? kMostMissed : kMostMissedFloat)) return;
     if (threadIdx.x == 0) {
       fetched = {};
       fetched.move<Layout>(p, blockIdx.x);
@@ -312,6 +313,7 @@ void launch_if_left(const Params& p, void* stream) {
     p.fused() ? launch_as(zero, std::integral_constant<Source, Source::fused>{})
               : launch_as(zero, std::integral_constant<Source, Source::plain>{});
   };
+  if (p.value_dtype == DType::f32) return launch_source(float{});
   p.value_dtype == DType::f16 ? launch_source(half_t{}) : launch_source(bfloat16_t{});
 }
 
@@ -354,8 +356,11 @@ void choose(const Params& p, Function&& function) {
 
 // ------------------------------------------------------------------------------------------- entry
 
-void forward(const Params& params, void* stream) {
-  if (forward_windows(params, stream)) return launch_if_left(params, stream);
+void forward(const Params& params, const ForwardPlan& plan, void* stream) {
+  if (plan.windows.regions > 0) {
+    forward_windows(params, plan.windows, stream);
+    return launch_if_left(params, stream);
+  }
   dispatch(params.value_dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     constexpr int kVec = 16 / sizeof(scalar_t);

@@ -1,36 +1,24 @@
 // The forward of an encoder in half types, over windows of value in shared memory (windows.cuh), on
 // tensor cores.
-#include "deformable_detr/cuda/not_finite.cuh"
-#include "deformable_detr/cuda/window_copies.cuh"
+//
+// A block serves a region, as prepare_windows() leaves it. A warp takes a stage of two queries at a
+// time, of each its 16 points or, with three levels, 12:
+//
+//     leave points    each lane works out a point, and leaves its place and shares in shared memory
+//                     (window_points.cuh); its point of the next stage is read before
+//     multiply        the corners of two points of a query at a time
+//     add outside     points that lie outside their windows: the same with corners from memory
+//     store rows
+//
+// With five levels, every fourth time the fifth level's points of eight queries are left as well,
+// which are those of four stages. Rows that are not finite are done anew at the end.
+#include "deformable_detr/cuda/forward_windows.cuh"
 #include "deformable_detr/cuda/window_points.cuh"
 
 namespace ms_deform_attn::cuda {
 namespace {
 
 // ------------------------------------------------------------------------------------------ kernel
-
-// Does anew those rows of a region that are not finite.
-template <typename scalar_t, bool kFused>
-__device__ __noinline__ void store_rows_not_finite(const Params& p, int64_t batch, int32_t head,
-                                                   uint32_t list_at, uint32_t list_end) {
-  constexpr Source kSource = kFused ? Source::fused : Source::plain;
-  const int lane = threadIdx.x % 32;
-  TeamRow row;
-  row.batch = batch;
-  row.head = head;
-  row.points = p.points;
-  for (uint32_t at = list_at + threadIdx.x / 32 * 4; at < list_end; at += kWindowWarps * 4) {
-    row.query = load_shared_word(at);
-    row.index = (row.batch * p.queries + row.query) * p.heads + row.head;
-    const float stored =
-        to_acc(__ldcg(static_cast<const scalar_t*>(p.output) + row.index * 32 + lane));
-    if (__all_sync(kAllLanes, fabsf(stored) < INFINITY)) continue;
-    Softmax<float> softmax{};
-    if constexpr (kFused) softmax = find_softmax<scalar_t, 32>(p, row.index);
-    store_not_finite<scalar_t, kSource, 1, true>(
-        p, static_cast<const LevelEntry<scalar_t, kSource>*>(nullptr), row, lane, true, softmax);
-  }
-}
 
 template <typename scalar_t, bool kFused, int kLevels>
 __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
@@ -50,47 +38,15 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
   const int32_t index = blockIdx.x / p.heads, head = blockIdx.x - index * p.heads;
   const int64_t batch = first_batch + blockIdx.z;
 
-  const auto is_left = [&] {
-    wait_for_previous_kernel();
-    if (left_by_windows(p, true)) return true;
-    // Only here: what is left is served faster where these blocks' shared memory is L1 again.
-    let_next_kernel_start();
-    return false;
-  };
-  // The first blocks are there before choose_kernel ends, and prepare meanwhile.
-  const bool first = blockIdx.z == 0 && blockIdx.x < layout.first_blocks;
-  if (!first && is_left()) return;
-  if (warp == 0) {
-    cut_image(p, layout, cut);
-    __syncwarp();
-    if (index < cut.across * cut.down) find_region(cut, cut.across, cut.down, index, region);
-    if (lane == 0) not_finite = false;
-  }
-  __syncthreads();
-  if (index >= cut.across * cut.down || region.count == 0) {
-    if (first) wait_for_previous_kernel();
-    return;
-  }
-  // Some warps place the windows, the others list the queries.
-  if (warp < kLevels) {
-    place_window<scalar_t, kFused>(p, cut, region, warp, batch, head);
-  } else {
-    constexpr int kThreads = kWindowThreads - kLevels * 32;
-    int32_t* const list = reinterpret_cast<int32_t*>(memory + layout.list);
-    for (int32_t i = threadIdx.x - kLevels * 32; i < region.count; i += kThreads) {
-      list[i] = query_of_region(cut, region, i).query;
-    }
-    for (int32_t i = threadIdx.x - kLevels * 32; i < cut.zero_pieces; i += kThreads) {
-      store_shared(memory_at + cut.zeros + i * 16, make_uint4(0, 0, 0, 0));
-    }
-  }
-  if (first && is_left()) return;
-  __syncthreads();
   const scalar_t* const value =
       static_cast<const scalar_t*>(p.value) + (batch * p.spatial_size * p.heads + head) * 32;
-  fill_windows(p, cut, region, memory_at, value);
+  if (threadIdx.x == 0) not_finite = false;
+  if (!prepare_windows<scalar_t, kFused>(p, layout, cut, region, memory, index, batch, head,
+                                         kMostMissed, value)) {
+    return;
+  }
 
-  // What this lane is for the geometry: a point of a stage's queries.
+  // This lane's point of a stage. The stage lies in the warp's memory.
   const int point = Stage::point(lane), own_query = Stage::query(lane);
   const bool has_point = point < kLevels * 4;
   const int own_point = min(point, kLevels * 4 - 1), own_level = own_point / 4;
@@ -102,14 +58,15 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
   const uint32_t own_shares = pinned(stage + Stage::shares(lane));
   const uint32_t own_place = pinned(stage + Stage::place(lane));
 
-  // What it is for the multiplication.
+  // What it reads for the multiplication. In the tensor cores' layout it has column g, and of that
+  // the rows of t.
   const int g = lane / 4, t = lane % 4;
   const int corner = lane % 4, piece = lane % 8 / 4 * 2 + lane / 8 % 2;
   uint32_t corner_at[kLevels];
 #pragma unroll
   for (int l = 0; l < kLevels; ++l) {
-    corner_at[l] =
-        pinned(memory_at + corner / 2 * cut.pitch[l] + corner % 2 * kPixelBytes + piece * 16);
+    corner_at[l] = pinned(memory_at + corner / 2 * cut.pitch[l] +
+                          corner % 2 * kPixelBytes<scalar_t> + piece * 16);
   }
   const uint32_t has_shares = t / 2 == g / 2 % 2;
   // Two, so that no branch is made of them.
@@ -120,6 +77,7 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
       kLevels == 5 ? pinned(stage + Memory::kFifth + Fifth::read_shares(lane)) : 0;
   const bool odd = g % 2 != 0;
 
+  // Its pointers.
   const int64_t first_row = batch * p.queries * p.heads + head;
   const uint32_t* const xy_at = pinned(
       static_cast<const uint32_t*>(kFused ? p.sampling_offsets.data : p.sampling_locations.data) +
@@ -135,6 +93,7 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
       pinned(static_cast<uint32_t*>(p.output) + first_row * 16 + t % 2 * 8 + odd * 4 + g / 2);
   const int32_t points_pitch = p.heads * (kLevels * 4), output_pitch = p.heads * 16;
 
+  // In the list of the region's queries, the one of its point.
   constexpr uint32_t kStep = kWindowWarps * Stage::kQueries * 4;
   const uint32_t list_at = memory_at + layout.list;
   const uint32_t list_end = list_at + region.count * 4;
@@ -169,6 +128,7 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
   float fifth_largest = 0;
   int32_t fifth_outside = 0;
   for (; __any_sync(kAllLanes, at < list_end); at += kStep) {
+    // Leave points.
     const int32_t query = next_query;
     if constexpr (kLevels == 5) {
       // The fifth level's points, of this stage and the next three.
@@ -212,6 +172,7 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
     const bool all_in_windows = __all_sync(kAllLanes, placed.in_window || !has_point);
     __syncwarp();
 
+    // Multiply.
     float first_sum[4] = {}, second_sum[4] = {}, share_sum[4] = {};
     const auto load_b = [&](uint2& first, uint2& second, uint32_t from) {
       load_if(first, from, loads_first);
@@ -253,7 +214,7 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
       add(places.x, places.y, 4, b0, b1);
     }
 
-    // Points outside the windows, of those lanes, whose pixel_and_corners() this is.
+    // Add outside: of those lanes, whose pixel_and_corners() `outside` is.
     const auto add_outside = [&](auto stage_type, unsigned lanes, int32_t outside, float width,
                                  uint32_t shares) {
       using Stage = decltype(stage_type);
@@ -281,13 +242,13 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
         load_if(b[1], shares + Stage::point(other) * 4,
                 has_shares != 0 && other / 2 % 2 == g / 4 && two);
         __syncwarp();
-        store_shared(
-            slots + of_slot / 2 * Memory::kSlotPitch + of_slot % 2 * kPixelBytes + lane % 4 * 16,
-            pixel);
+        store_shared(slots + of_slot / 2 * Memory::kSlotPitch +
+                         of_slot % 2 * kPixelBytes<scalar_t> + lane % 4 * 16,
+                     pixel);
         __syncwarp();
         uint32_t a[4];
-        load_matrices(
-            a, slots + corner / 2 * Memory::kSlotPitch + corner % 2 * kPixelBytes + piece * 16);
+        load_matrices(a, slots + corner / 2 * Memory::kSlotPitch +
+                             corner % 2 * kPixelBytes<scalar_t> + piece * 16);
         // Shares of the other query are zero.
         multiply_add<scalar_t>(first_sum, a, b[0], b[1]);
         multiply_add<scalar_t>(second_sum, a, b[0], b[1]);
@@ -306,6 +267,7 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
       fifth_pair = (fifth_pair + 1) % 4;
     }
 
+    // Store rows.
     const bool upper = t / 2 != 0;
     constexpr float kRest = 1 / Shares::kRestScale;
     float low =
@@ -336,50 +298,51 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
 // Every condition of a call that is to be served through windows. No regions: it is not.
 //
 // To choose, and to end the blocks of a call that is left, takes 5 to 10 us. So small calls are not
-// asked: on an H100, 2026-11-28, in us, mask2former_b2 would gain 8 of 93, and ddetr_encoder_b1 4
-// of 65. One level would gain nothing.
+// asked, which in float gain more: on an H100, 2026-11-28, in us, in half types mask2former_b2
+// would gain 8 of 93, ddetr_encoder_b1 4 of 65, and one level nothing; in float they gain 14 of
+// 144, 14 of 101, and bevformer_tsa 31 of 138.
 WindowLayout find_layout(const Params& p) {
-  constexpr int64_t kMinPoints = 65536;  // of each multiprocessor
+  constexpr int64_t kMinPoints = 65536, kMinFloatPoints = 16384;  // of each multiprocessor
   const auto has_value_dtype = [&](std::initializer_list<Operand> operands) {
     for (const Operand& operand : operands) {
       if (operand.data != nullptr && operand.dtype != p.value_dtype) return false;
     }
     return true;
   };
-  const bool fits = (p.value_dtype == DType::f16 || p.value_dtype == DType::bf16) &&
-                    has_value_dtype({p.sampling_locations, p.attention_weights, p.reference_points,
+  const bool half = is_half(p.value_dtype);
+  if (!half && p.value_dtype != DType::f32) return {};
+  const bool fits = has_value_dtype({p.sampling_locations, p.attention_weights, p.reference_points,
                                      p.sampling_offsets, p.attention_logits}) &&
-                    UsualParams::fit(p) && queries_are_pixels(p) && p.levels >= 3 &&
-                    p.levels <= 5 && p.batch <= kMaxBlocksYZ && Indexing<half_t, 8>::fits(p) &&
+                    UsualParams::fit(p) && queries_are_pixels(p) && p.levels <= 5 &&
+                    (p.levels >= 3 || (!half && p.levels == 1)) && p.batch <= kMaxBlocksYZ &&
+                    (half ? Indexing<half_t, 8>::fits(p) : Indexing<float, 4>::fits(p)) &&
                     p.spatial_size < (1 << 26);  // packed with four corners
   if (!fits) return {};
   const DeviceLimits limits;
-  if (!limits.has_matrices || count_rows(p) * p.points < kMinPoints * limits.multiprocessors) {
+  if (!limits.has_matrices ||
+      count_rows(p) * p.points < (half ? kMinPoints : kMinFloatPoints) * limits.multiprocessors) {
     return {};
   }
-  constexpr int kStatic = 1024 + 1024;  // a block's static memory, and what the system takes
-  const int64_t bytes =
-      std::min(limits.multiprocessor_memory / kWindowBlocks, limits.block_memory) - kStatic;
-  return plan_windows(p, WarpMemory<5>::kBytes, bytes, limits.multiprocessors);
+  const WindowBlocks of_half{kWindowBlocks, kWindowWarps * WarpMemory<5>::kBytes, 1, 8};
+  return plan_windows(p, half ? of_half : float_window_blocks(p.levels), limits);
 }
 
 }  // namespace
 
-int64_t forward_scratch(const Params& p) {
-  return find_layout(p).regions > 0 ? (count_slices(p) + 1) * int64_t(sizeof(int32_t)) : 0;
+ForwardPlan plan_forward(const Params& p) {
+  const WindowLayout layout = find_layout(p);
+  return {layout, layout.regions > 0 ? (count_slices(p) + 1) * int64_t(sizeof(int32_t)) : 0};
 }
 
-bool forward_windows(const Params& p, void* stream) {
-  if (p.windows == nullptr) return false;
-  const WindowLayout layout = find_layout(p);
-  if (layout.regions == 0) return false;
-  const bool overlaps = DeviceLimits().overlaps_kernels;
+void forward_windows(const Params& p, const WindowLayout& layout, void* stream) {
+  if (p.value_dtype == DType::f32) return forward_windows_float(p, layout, stream);
   const auto with = [&](auto zero, auto fused, auto levels) {
     using scalar_t = decltype(zero);
     launch(choose_kernel<scalar_t, fused.value, levels.value>, p,
            Grid{p.heads, 1, levels.value * 32, 0}, stream, layout);
     launch(windows_kernel<scalar_t, fused.value, levels.value>, p,
-           Grid{int64_t(layout.regions) * p.heads, 1, kWindowThreads, layout.bytes, overlaps},
+           Grid{int64_t(layout.regions) * p.heads, 1, kWindowThreads, layout.bytes,
+                DeviceLimits().overlaps_kernels},
            stream, layout);
   };
   const auto with_levels = [&](auto zero, auto fused) {
@@ -391,7 +354,6 @@ bool forward_windows(const Params& p, void* stream) {
     p.fused() ? with_levels(zero, std::true_type{}) : with_levels(zero, std::false_type{});
   };
   p.value_dtype == DType::f16 ? with_source(half_t{}) : with_source(bfloat16_t{});
-  return true;
 }
 
 }  // namespace ms_deform_attn::cuda

@@ -1,10 +1,52 @@
-// The plan of a backward on the GPU. plan_backward() decides it once; the allocation above the
-// backends and the launches follow it. Free of CUDA, which the code above is compiled without.
+// The plans of forward and backward on the GPU. plan_forward() and plan_backward() decide them
+// once; the allocation above the backends and the launches follow them. Free of CUDA, which the
+// code above is compiled without.
 #pragma once
 
 #include "deformable_detr/ms_deform_attn.h"
 
 namespace ms_deform_attn::cuda {
+
+// ----------------------------------------------------------------------------------------- forward
+
+// A block's dynamic shared memory, in bytes from its start: what the kernel has for each warp, the
+// list of the region's queries, the windows, and a place that is zero, as large as two pixels in
+// each of two rows.
+struct WindowLayout {
+  int32_t regions;       // of a (batch, head), at most
+  int32_t first_blocks;  // so many run at once
+  int32_t list;
+  int32_t list_queries;
+  int32_t windows;
+  int32_t pieces;        // of 16 bytes, for all windows and zeros
+  int32_t pixel_pieces;  // of a pixel
+  int32_t row_gap;       // pieces at the end of a row that are left free
+  float usual_halo;      // see WindowBlocks
+  int32_t bytes;
+
+  MSDA_HOST_DEVICE float row_pieces(float columns) const {
+    return columns * pixel_pieces + row_gap;
+  }
+  // What windows of `columns` x `rows` pixels take.
+  MSDA_HOST_DEVICE float window_pieces(float columns, float rows) const {
+    return row_pieces(columns) * rows;
+  }
+  // And zeros, for windows of up to so many columns.
+  MSDA_HOST_DEVICE float zero_pieces(float columns) const {
+    return row_pieces(columns) + 2 * pixel_pieces;
+  }
+};
+
+struct ForwardPlan {
+  WindowLayout windows;       // without regions: value does not pass through windows
+  int64_t scratch_bytes = 0;  // of params.windows
+};
+
+// Of the pointers in params, planning reads only which ones are null.
+ForwardPlan plan_forward(const Params& params);
+void forward(const Params& params, const ForwardPlan& plan, void* stream);
+
+// ---------------------------------------------------------------------------------------- backward
 
 // How grad_value is summed: not at all, if nobody asked for it. backward.cu says which one is for
 // what, and why. A new one is added to choose_strategy(), adds() and backward() there, and to

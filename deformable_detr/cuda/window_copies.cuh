@@ -12,16 +12,19 @@ namespace ms_deform_attn::cuda {
 // The four points of a query in a level, as they are given.
 template <typename scalar_t, bool kFused>
 struct PointsOfLevel {
-  Vec<scalar_t, 8> xy;
+  static constexpr int kVec = 16 / sizeof(scalar_t);
+  Vec<scalar_t, kVec> xy[8 / kVec];
   Vec<scalar_t, 2> reference;
 
   __device__ __forceinline__ PointsOfLevel(const Params& p, int32_t levels, int32_t level,
                                            int64_t batch, int32_t head, int32_t query) {
     const int64_t of_batches = batch * p.queries + query;
     const int64_t point = ((of_batches * p.heads + head) * levels + level) * 4;
-    xy = xy.load(
+    const scalar_t* const from =
         static_cast<const scalar_t*>(kFused ? p.sampling_offsets.data : p.sampling_locations.data) +
-        point * 2);
+        point * 2;
+#pragma unroll
+    for (int i = 0; i < 8 / kVec; ++i) xy[i] = xy[i].load(from + i * kVec);
     if constexpr (kFused) {
       const int64_t at = of_batches * p.reference_levels + (p.reference_levels > 1 ? level : 0);
       reference = reference.load(static_cast<const scalar_t*>(p.reference_points.data) + at * 2);
@@ -52,7 +55,10 @@ __device__ __forceinline__ Sampled sample_level(const Cut<kLevels>& cut, int32_t
   const float own_x = sampled.share_x * level.width - 0.5f;
   const float own_y = sampled.share_y * level.height - 0.5f;
   float of_points[8], x = -0.5f, y = -0.5f;
-  points.xy.unpack(of_points);
+#pragma unroll
+  for (int i = 0; i < 8 / points.kVec; ++i) {
+    points.xy[i].unpack(reinterpret_cast<float (&)[points.kVec]>(of_points[i * points.kVec]));
+  }
   float scale_x = level.width, scale_y = level.height;
   if constexpr (kFused) {
     float reference[2];
@@ -171,39 +177,92 @@ template <typename scalar_t, int kLevels>
 __device__ __forceinline__ void fill_windows(const Params& p, const Cut<kLevels>& cut,
                                              const Region<kLevels>& region, uint32_t memory,
                                              const scalar_t* value) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t pixel_bytes = int64_t(p.heads) * kPixelBytes;
+  // A lane copies 16 bytes of a pixel. A warp takes a row of the window, 32 columns at a time.
+  constexpr int kLanes = kPixelBytes<scalar_t> / 16, kPixels = 32 / kLanes, kTurns = kLanes;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int pixel = threadIdx.x % 32 / kLanes;
+  const int byte = threadIdx.x % kLanes * 16;
+  const int64_t pixel_bytes = int64_t(p.heads) * kPixelBytes<scalar_t>;
 #pragma unroll 1
   for (int l = 0; l < kLevels; ++l) {
     const Level level = cut.levels[l];
     const Part window{region.column[l], region.row[l], cut.columns[l], cut.rows[l]};
-    const int64_t step = int64_t(kWindowWarps) * level.width * pixel_bytes;
+    const int64_t step = int64_t(warps) * level.width * pixel_bytes;
     const int32_t pitch = cut.pitch[l];
-    for (int32_t column = lane / 4; column < window.columns; column += 32) {
+    for (int32_t column = pixel; column < window.columns; column += 32) {
       const int64_t first =
           level.start + int64_t(window.row + warp) * level.width + window.column + column;
-      const char* from[4];
-      uint32_t height[4];
+      const char* from[kTurns];
+      uint32_t height[kTurns];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        from[i] =
-            reinterpret_cast<const char*>(value) + (first + i * 8) * pixel_bytes + lane % 4 * 16;
-        height[i] = is_inside(window.column + column + i * 8, level.width) ? level.height : 0;
+      for (int i = 0; i < kTurns; ++i) {
+        from[i] = reinterpret_cast<const char*>(value) + (first + i * kPixels) * pixel_bytes + byte;
+        height[i] = is_inside(window.column + column + i * kPixels, level.width) ? level.height : 0;
       }
-      uint32_t to = memory + cut.start[l] + warp * pitch + column * kPixelBytes + lane % 4 * 16;
-      for (int32_t row = warp; row < window.rows; row += kWindowWarps) {
+      uint32_t to = memory + cut.start[l] + warp * pitch + column * kPixelBytes<scalar_t> + byte;
+      for (int32_t row = warp; row < window.rows; row += warps) {
         const uint32_t y = window.row + row;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (column + i * 8 < window.columns) {
-            copy_async(to + i * (8 * kPixelBytes), from[i], y < height[i]);
+        for (int i = 0; i < kTurns; ++i) {
+          if (column + i * kPixels < window.columns) {
+            copy_async(to + i * (kPixels * kPixelBytes<scalar_t>), from[i], y < height[i]);
           }
           from[i] += step;
         }
-        to += kWindowWarps * pitch;
+        to += warps * pitch;
       }
     }
   }
+}
+
+// What a block that serves one region does first: it asks for the choice, cuts the image, places
+// its windows, lists its queries and starts the copies. False if it has nothing to serve. value: of
+// the block's head; were it worked out here, the forward would be 16 instructions longer.
+template <typename scalar_t, bool kFused, int kLevels>
+__device__ __forceinline__ bool prepare_windows(const Params& p, const WindowLayout& layout,
+                                                Cut<kLevels>& cut, Region<kLevels>& region,
+                                                char* memory, int32_t index, int64_t batch,
+                                                int32_t head, int most_missed,
+                                                const scalar_t* value) {
+  const int warp = threadIdx.x / 32;
+  const uint32_t memory_at = shared_address(memory);
+  const auto is_left = [&] {
+    wait_for_previous_kernel();
+    if (left_by_windows(p, most_missed, true)) return true;
+    // Only here: what is left is served faster where these blocks' shared memory is L1 again.
+    let_next_kernel_start();
+    return false;
+  };
+  // The first blocks are there before choose_kernel ends, and prepare meanwhile.
+  const bool first = blockIdx.z == 0 && blockIdx.x < layout.first_blocks;
+  if (!first && is_left()) return false;
+  if (warp == 0) {
+    cut_image(p, layout, cut);
+    __syncwarp();
+    if (index < cut.across * cut.down) find_region(cut, cut.across, cut.down, index, region);
+  }
+  __syncthreads();
+  if (index >= cut.across * cut.down || region.count == 0) {
+    if (first) wait_for_previous_kernel();
+    return false;
+  }
+  // Some warps place the windows, the others list the queries.
+  if (warp < kLevels) {
+    place_window<scalar_t, kFused>(p, cut, region, warp, batch, head);
+  } else {
+    constexpr int kThreads = kWindowThreads - kLevels * 32;
+    int32_t* const list = reinterpret_cast<int32_t*>(memory + layout.list);
+    for (int32_t i = threadIdx.x - kLevels * 32; i < region.count; i += kThreads) {
+      list[i] = query_of_region(cut, region, i).query;
+    }
+    for (int32_t i = threadIdx.x - kLevels * 32; i < cut.zero_pieces; i += kThreads) {
+      store_shared(memory_at + cut.zeros + i * 16, make_uint4(0, 0, 0, 0));
+    }
+  }
+  if (first && is_left()) return false;
+  __syncthreads();
+  fill_windows(p, cut, region, memory_at, value);
+  return true;
 }
 
 }  // namespace ms_deform_attn::cuda

@@ -98,6 +98,7 @@ __device__ __forceinline__ float largest_of_query(float logit, bool second) {
 // stages of the others.
 template <int kLevels>
 struct WarpMemory {
+  static constexpr int kPixelBytes = cuda::kPixelBytes<half_t>;
   using Stage = cuda::Stage<16>;
   using Fifth = cuda::Stage<4>;
   static constexpr int kSlots = Stage::kBytes;
@@ -137,7 +138,8 @@ __device__ __forceinline__ Placed leave_point(const Frame& frame, uint32_t zeros
   const float right = x - placed.column, down = y - placed.row;
   const float south = weight * down, north = weight - south;
   const float se = south * right, sw = south - se, ne = north * right, nw = north - ne;
-  const float piece = fmaf(placed.row, frame.pitch, fmaf(placed.column, kPixelPieces, frame.start));
+  const float piece =
+      fmaf(placed.row, frame.pitch, fmaf(placed.column, kPixelBytes<scalar_t> / 16, frame.start));
   const uint32_t place = placed.in_window ? __float2uint_rz(piece) : zeros;
   const uint32_t north_pair = Shares::pack(nw, ne), south_pair = Shares::pack(sw, se);
   const float2 north_had = to_acc_pair(north_pair, scalar_t{});

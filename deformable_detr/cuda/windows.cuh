@@ -8,7 +8,7 @@
 //
 // Sizes of levels may be known to the GPU alone. The host fixes the shared memory and the most
 // regions; each block works out how the image is cut, and how large the windows are. Everything
-// here is for kLevels levels of four points, and 32 channels of a half type.
+// here is for kLevels levels of four points, and 32 channels.
 #pragma once
 
 #include <algorithm>
@@ -16,25 +16,26 @@
 
 #include "deformable_detr/cuda/launch.cuh"
 #include "deformable_detr/cuda/layout.cuh"
+#include "deformable_detr/cuda/plan.h"
 #include "deformable_detr/cuda/softmax.cuh"
 
 namespace ms_deform_attn::cuda {
 
-// Serves a call through windows, if it is one for them; false: it is not. Whether it is may be
-// known to the GPU alone, see left_by_windows().
-bool forward_windows(const Params& params, void* stream);
+// Serves a call through windows, or leaves it, which only the GPU finds out: see left_by_windows().
+void forward_windows(const Params& params, const WindowLayout& layout, void* stream);
 
 constexpr int kWindowThreads = 384;
 constexpr int kWindowBlocks = 2;  // that share a multiprocessor
 constexpr int kWindowWarps = kWindowThreads / 32;
-constexpr int kPixelBytes = 64, kPixelPieces = 4;  // a pixel's channels; in pieces of 16 bytes
+template <typename scalar_t>
+constexpr int kPixelBytes = UsualParams::channels * sizeof(scalar_t);  // a pixel's channels
 constexpr unsigned kAllLanes = 0xffffffff;
 
 // ------------------------------------------------------------------------------------------ choice
 
 // A call is left to the kernel that needs no windows, if they would miss so many of its points; at
-// that share both take as long.
-constexpr int kMostMissed = 4;          // percent
+// that share both take as long. In percent, of the forwards in half types and in float.
+constexpr int kMostMissed = 4, kMostMissedFloat = 5;
 constexpr int kSampledPoints = 32 * 4;  // of each level of a (batch, head)
 
 // params.windows: the sampled points that windows would miss, of each (batch, head), and then how
@@ -48,7 +49,8 @@ __device__ __forceinline__ int32_t* fetched_tiles(const Params& p) {
 
 // Both kernels ask, and one of them serves. By each warp; the kernel before has to have ended, or
 // to have waited for choose_kernel. through_l1: by blocks that waited, of which there are many.
-__device__ __forceinline__ bool left_by_windows(const Params& p, bool through_l1 = false) {
+__device__ __forceinline__ bool left_by_windows(const Params& p, int most_missed,
+                                                bool through_l1 = false) {
   const int32_t slices = static_cast<int32_t>(count_slices(p));
   float missed = 0;
 #pragma unroll 1
@@ -56,45 +58,33 @@ __device__ __forceinline__ bool left_by_windows(const Params& p, bool through_l1
     const int32_t* const of_slice = static_cast<const int32_t*>(p.windows) + i;
     missed += through_l1 ? *of_slice : __ldcg(of_slice);
   }
-  return team_sum<32>(missed) * 100 > float(kMostMissed * kSampledPoints) * p.levels * slices;
+  return team_sum<32>(missed) * 100 > float(most_missed * kSampledPoints) * p.levels * slices;
 }
 
 // ------------------------------------------------------------------------------------------ layout
 
-// A block's dynamic shared memory, in bytes from its start: what the kernel has for each warp, the
-// list of the region's queries, the windows, and a place that is zero, as large as two pixels in
-// each of two rows.
-struct WindowLayout {
-  int32_t regions;       // of a (batch, head), at most
-  int32_t first_blocks;  // so many run at once
-  int32_t list;
-  int32_t list_queries;
-  int32_t windows;
-  int32_t window_pieces;  // of 16 bytes, for all windows and zeros
-  int32_t bytes;
+// The blocks of a kernel over windows.
+struct WindowBlocks {
+  int per_multiprocessor;
+  int32_t warps_bytes;  // of shared memory, for all warps of a block
+  int32_t lists;        // of queries
+  // The pixels by which a window should exceed its region, for offsets as they are when training
+  // starts.
+  float usual_halo;
 };
-
-// What windows of `columns` x `rows` pixels take. A row ends in a piece that is left free, so that
-// the pieces of two rows lie in different banks.
-__host__ __device__ constexpr float window_pieces(float columns, float rows) {
-  return (columns * kPixelPieces + 1) * rows;
-}
-
-// And zeros, for windows of up to so many columns.
-__host__ __device__ constexpr float zero_pieces(float columns) {
-  return window_pieces(columns, 1) + 2 * kPixelPieces;
-}
-
-// The pixels by which a window exceeds its region, for offsets as they are when training starts.
-constexpr float kUsualHalo = 8;
 
 // The layout for a call: regions so small that the usual windows of a pyramid fit, and so many that
 // the multiprocessors end at about the same time. No regions: windows do not pay.
-inline WindowLayout plan_windows(const Params& p, int warp_bytes, int64_t memory,
-                                 int multiprocessors) {
+inline WindowLayout plan_windows(const Params& p, const WindowBlocks& blocks,
+                                 const DeviceLimits& limits) {
   constexpr int64_t kMinRegionQueries = 128, kMaxListed = 4096;
-  constexpr double kBlockCost = 60;  // what a block costs beside its queries, as queries
-  const int64_t slices = count_slices(p), at_once = int64_t(multiprocessors) * kWindowBlocks;
+  constexpr double kRegionCost = 60;      // what a region costs beside its queries, as queries
+  constexpr int64_t kKept = 1024 + 1024;  // a block's static memory, and what the system takes
+  const int64_t slices = count_slices(p);
+  const int64_t at_once = int64_t(limits.multiprocessors) * blocks.per_multiprocessor;
+  const int64_t memory =
+      std::min(limits.multiprocessor_memory / blocks.per_multiprocessor, limits.block_memory) -
+      kKept;
   double finest = 0;  // pixels of the finest level, each of the next half as wide
   for (int32_t l = 0; l < p.levels; ++l) finest = 1 + finest / 4;
   finest = p.queries / finest;
@@ -102,20 +92,26 @@ inline WindowLayout plan_windows(const Params& p, int warp_bytes, int64_t memory
     WindowLayout layout{};
     layout.regions = static_cast<int32_t>(regions);
     layout.first_blocks = static_cast<int32_t>(at_once);
-    layout.list = kWindowWarps * warp_bytes;
+    layout.list = blocks.warps_bytes;
     const int64_t queries = ceil_div<int64_t>(p.queries, regions) * 5 / 4 + 128;
     layout.list_queries = static_cast<int32_t>(std::min(queries, kMaxListed) / 4 * 4);
-    layout.windows = layout.list + layout.list_queries * 4;
-    layout.window_pieces = static_cast<int32_t>((memory - layout.windows) / 16);
-    layout.bytes = layout.windows + layout.window_pieces * 16;
+    layout.windows = layout.list + blocks.lists * layout.list_queries * 4;
+    layout.pieces = static_cast<int32_t>((memory - layout.windows) / 16);
+    layout.bytes = layout.windows + layout.pieces * 16;
+    layout.pixel_pieces = is_half(p.value_dtype) ? 4 : 8;
+    // So that in half types the pieces of two rows lie in different banks.
+    layout.row_gap = is_half(p.value_dtype) ? 1 : 0;
+    layout.usual_halo = blocks.usual_halo;
     return layout;
   };
   const auto fits = [&](int64_t regions) {
-    double side = std::sqrt(finest / regions), pieces = zero_pieces(side + kUsualHalo);
+    const WindowLayout layout = layout_of(regions);
+    double side = std::sqrt(finest / regions);
+    double pieces = layout.zero_pieces(side + layout.usual_halo);
     for (int32_t l = 0; l < p.levels; ++l, side /= 2) {
-      pieces += window_pieces(side + kUsualHalo, side + kUsualHalo);
+      pieces += layout.window_pieces(side + layout.usual_halo, side + layout.usual_halo);
     }
-    return pieces <= layout_of(regions).window_pieces;
+    return pieces <= layout.pieces;
   };
   // Between what does not fit and what does.
   int64_t least = 0, most = p.queries / kMinRegionQueries;
@@ -129,7 +125,7 @@ inline WindowLayout plan_windows(const Params& p, int warp_bytes, int64_t memory
     const int64_t regions = turns * at_once / slices;
     const double queries = static_cast<double>(p.queries) / regions;
     if (queries < kMinRegionQueries && regions > most) break;
-    const double cost = turns * (queries + kBlockCost);
+    const double cost = turns * (queries + kRegionCost);
     if (cost < least_cost) {
       least_cost = cost;
       best = regions;
@@ -200,16 +196,16 @@ __device__ __forceinline__ void cut_image(const Params& p, const WindowLayout& l
 #pragma unroll
     for (int l = 0; l < kLevels; ++l) {
       const float columns = min(ceilf(width[l] * part_x) + halo, width[l] + 2);
-      pieces += window_pieces(columns, min(ceilf(height[l] * part_y) + halo, height[l] + 2));
+      pieces += layout.window_pieces(columns, min(ceilf(height[l] * part_y) + halo, height[l] + 2));
       most_columns = max(most_columns, columns);
     }
-    return pieces + zero_pieces(most_columns);
+    return pieces + layout.zero_pieces(most_columns);
   };
   const auto rows_of_regions = [&](float across) {
     return floorf(__fdividef(layout.regions + 0.5f, across));
   };
   float across = min(lane + 1, layout.regions), down = rows_of_regions(across);
-  const float tried = pieces_of(across, down, kUsualHalo);
+  const float tried = pieces_of(across, down, layout.usual_halo);
   float least = tried;
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -217,14 +213,13 @@ __device__ __forceinline__ void cut_image(const Params& p, const WindowLayout& l
   }
   across = min(__ffs(__ballot_sync(kAllLanes, tried == least)), layout.regions);
   down = rows_of_regions(across);
-  const unsigned fits =
-      __ballot_sync(kAllLanes, pieces_of(across, down, lane) <= layout.window_pieces);
+  const unsigned fits = __ballot_sync(kAllLanes, pieces_of(across, down, lane) <= layout.pieces);
   const float halo = __popc(fits) - 1;
   // Lane l works for level l.
   const float part_x = __fdividef(1, across), part_y = __fdividef(1, down);
   const float columns = min(ceilf(own.width * part_x) + halo, own.width + 2.f);
   const float rows = min(ceilf(own.height * part_y) + halo, own.height + 2.f);
-  const int32_t pieces = window_pieces(columns, rows);
+  const int32_t pieces = layout.window_pieces(columns, rows);
   // A part may have one pixel more than the quotient, rounded up, where float rounds.
   const int32_t queries =
       static_cast<int32_t>((ceilf(own.width * part_x) + 1) * (ceilf(own.height * part_y) + 1));
@@ -242,12 +237,12 @@ __device__ __forceinline__ void cut_image(const Params& p, const WindowLayout& l
     cut.levels[lane] = own;
     cut.columns[lane] = columns;
     cut.rows[lane] = rows;
-    cut.pitch[lane] = (cut.columns[lane] * kPixelPieces + 1) * 16;
+    cut.pitch[lane] = layout.row_pieces(columns) * 16;
     cut.start[lane] = layout.windows + before * 16;
   }
   if (lane == 0) {
     cut.zeros = layout.windows + all_pieces * 16;
-    cut.zero_pieces = zero_pieces(most_columns);
+    cut.zero_pieces = layout.zero_pieces(most_columns);
     cut.across = usual && fits != 0 && all_queries <= layout.list_queries ? across : 0;
     cut.down = down;
   }
