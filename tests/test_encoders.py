@@ -1,4 +1,6 @@
-"""Encoders that a GPU serves through windows in shared memory (cuda/windows.cuh)."""
+"""Encoders that a GPU serves through windows in shared memory (cuda/windows.cuh), and whose gradient
+of value it sums by patches in half types (cuda/backward_patches.cu).
+"""
 
 from dataclasses import replace
 
@@ -18,7 +20,8 @@ CASES = [
 def make(case, dtype, device, fused, far=False):
     """An encoder's inputs; far: with points that windows would miss, which only the GPU finds out.
 
-    A GPU gets as many points as it wants for windows, 65536 for each multiprocessor.
+    A GPU gets as many points as it wants for windows, 65536 for each multiprocessor, and more rows
+    than patches want.
     """
     assert case.pixels == case.queries
     case = replace(case, batch=24, heads=8) if device == "cuda" else replace(case, batch=1, heads=1)
@@ -59,3 +62,38 @@ def test_values_that_are_not_finite(kernel, device, case, dtype, fused):
     assert torch.equal(output.isnan(), expected.isnan())
     assert torch.equal(output.isposinf(), expected.isposinf())
     assert torch.equal(output.isneginf(), expected.isneginf())
+
+
+def grads_of_value(functions, inputs, fused):
+    inputs.value.requires_grad_()
+    output = operator(functions, fused)(*inputs.args)
+    return torch.autograd.grad(output, inputs.value, inputs.grad_output)[0]
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradient_of_value(kernel, device, case, dtype, fused, far):
+    inputs = make(case, dtype, device, fused, far)
+    if not fused:
+        inputs.attention_weights[:, ::7, :, ::3] *= 900  # more than fp16 multiplies by
+    grad = grads_of_value(kernel, inputs, fused)
+    assert_close(grad, grads_of_value(kernel.reference, inputs.double(), fused), "grad_value")
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradient_where_grad_output_is_not_finite(kernel, device, case, fused):
+    """It reaches the pixels that were sampled, and no others."""
+    inputs = make(case, torch.float16, device, fused)
+    grad_output = inputs.grad_output.view(-1)
+    for i, bad in enumerate([torch.inf, -torch.inf, torch.nan]):
+        grad_output[1000 + i :: 50021] = bad
+    grad = grads_of_value(kernel, inputs, fused)
+    expected = grads_of_value(kernel.reference, inputs.double(), fused)
+    for is_class in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(is_class(grad), is_class(expected)), is_class.__name__
+    finite = expected.isfinite()
+    assert finite.any() and not finite.all()
+    assert_close(grad[finite], expected[finite], "grad_value")

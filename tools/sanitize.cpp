@@ -70,8 +70,8 @@ struct Problem {
   bool deterministic = false;
   // What the kernels are told, where that is not so.
   std::vector<int64_t> bad_shapes = {}, bad_starts = {};
-  // The queries are the pixels, and most of their points are near, as in an encoder. The forward
-  // alone.
+  // The queries are the pixels, and most of their points are near, as in an encoder. Of the backward
+  // the gradient of value alone.
   bool encoder = false;
   bool far = false;  // its points lie anywhere, so that windows leave them
 };
@@ -111,6 +111,12 @@ void set_points(BackwardParams& p, const Problem& problem, const void* reference
     p.grad_sampling_locations = grad_locations;
     p.grad_attention_weights = grad_weights;
   }
+}
+
+// Leaves out the points' gradients, which take long.
+void drop_point_gradients(BackwardParams& p) {
+  p.grad_reference_points = p.grad_sampling_offsets = p.grad_attention_logits = nullptr;
+  p.grad_sampling_locations = p.grad_attention_weights = nullptr;
 }
 
 // Of the host's tensors, whose inputs are numbers that Stored has.
@@ -263,11 +269,12 @@ void expect_finite(const char* what, const std::vector<T>& results) {
 
 template <typename T, typename Stored = T>
 void run_on_cpu(const Problem& problem, Tensors<T>& tensors, int threads) {
-  const BackwardParams p = make_params<T, Stored>(problem, tensors);
+  BackwardParams p = make_params<T, Stored>(problem, tensors);
+  if (problem.encoder) drop_point_gradients(p);
   nested = threads == 0;
   num_threads = std::max(threads, 1);
   cpu::forward(p);
-  if (!problem.encoder) cpu::backward(p);
+  cpu::backward(p);
   nested = false;
 }
 
@@ -349,6 +356,7 @@ void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
   p.output = output.data();
   set_points(p, problem, references.data(), locations.data(), weights.data(),
              grad_references.data(), grad_locations.data(), grad_weights.data());
+  if (problem.encoder) drop_point_gradients(p);
   OnGpu grad_value = space(tensors.grad_value);
   p.grad_value = grad_value.data();
   const cuda::BackwardPlan plan = cuda::plan_backward(p);
@@ -358,15 +366,15 @@ void run_on_gpu(const Problem& problem, Tensors<T>& tensors) {
   OnGpu windows(nullptr, forward_plan.scratch_bytes);
   p.windows = windows.data();
   cuda::forward(p, forward_plan, nullptr);
-  if (!problem.encoder) cuda::backward(p, plan, nullptr);
+  cuda::backward(p, plan, nullptr);
   check(cudaDeviceSynchronize());
 
   output.read(tensors.output.data());
+  grad_value.read(tensors.grad_value.data());
   if (problem.encoder) return;
   grad_locations.read(tensors.grad_locations.data());
   grad_weights.read(tensors.grad_weights.data());
   grad_references.read(tensors.grad_references.data());
-  grad_value.read(tensors.grad_value.data());
 }
 
 template <typename T>
@@ -375,9 +383,11 @@ void test_gpu(const Problem& problem) {
   run_on_gpu(problem, on_gpu);
   if (problem.encoder) {
     expect_finite("output", on_gpu.output);
+    expect_finite("grad_value", on_gpu.grad_value);
     if (!problem.bad_shapes.empty()) return;
     run_on_cpu(problem, on_cpu, 1);
-    return compare("output", on_gpu.output, on_cpu.output, 2 * kTolerance<T>);
+    compare("output", on_gpu.output, on_cpu.output, 2 * kTolerance<T>);
+    return compare("grad_value", on_gpu.grad_value, on_cpu.grad_value, 2 * kTolerance<T>);
   }
   on_gpu.for_results([](const char* what, auto& results) { expect_finite(what, results); });
   if (!problem.bad_shapes.empty()) return;
@@ -440,7 +450,8 @@ std::vector<Problem> make_problems() {
   problems.push_back({2, 1100, 8, 20, shapes, {2, 1, 2}, Method::bilinear, 0});
   problems.push_back({2, 1100, 8, 36, shapes, {2, 1, 2}, Method::bilinear, 4});
   problems.push_back({2, 1100, 8, 16, shapes, {2, 1, 2}, Method::nearest, 2});
-  // Encoders that are served through windows: with as many points as that takes.
+  // Encoders that are served through windows and patches: with as many points and rows as that
+  // takes.
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
   const auto add_encoder = [&](std::vector<int64_t> shapes, int32_t coordinates, bool far = false,
@@ -450,8 +461,10 @@ std::vector<Problem> make_problems() {
     for (size_t i = 0; i < shapes.size(); i += 2) queries += shapes[i] * shapes[i + 1];
     const std::vector<int32_t> points(shapes.size() / 2, 4);
     const int64_t of_batch = queries * kHeads * points.size() * 4;
-    problems.push_back({65536 * multiprocessors / of_batch + 1, queries, kHeads, 32, shapes, points,
-                        Method::bilinear, coordinates, false, told, starts, true, far});
+    const int64_t batch =
+        std::max(65536 * multiprocessors / of_batch, 16384 / (queries * kHeads)) + 1;
+    problems.push_back({batch, queries, kHeads, 32, shapes, points, Method::bilinear, coordinates,
+                        false, told, starts, true, far});
   };
   add_encoder({20, 20}, 0);
   add_encoder({20, 20}, 2);
@@ -461,6 +474,9 @@ std::vector<Problem> make_problems() {
   add_encoder({20, 20, 10, 10, 5, 5}, 0, true);
   add_encoder({24, 20, 12, 10, 6, 5, 3, 3}, 2, true);
   add_encoder({12, 17, 4, 8, 2, 3}, 0, false, {12, 18, 4, 8, 2, 3}, {0, 204, 236});
+  // With more patches than a block has bins.
+  add_encoder({3, 4300}, 0);
+  add_encoder({3, 4300}, 4, true);
 #endif
   // Levels of 12 * 17 and 4 * 8 pixels, which say that they are others.
   constexpr int64_t kHuge = int64_t(1) << 62, kInt32 = int64_t(1) << 31;

@@ -23,6 +23,10 @@ void launch_points(const BackwardParams& params, const BackwardPlan& plan, void*
 bool can_merge(const BackwardParams& params);
 void launch_merge(const BackwardParams& params, const BackwardPlan& plan, void* stream);
 
+// backward_patches.cu
+bool can_patch(const BackwardParams& params);
+void launch_patches(const BackwardParams& params, const BackwardPlan& plan, void* stream);
+
 // backward_scatter.cu
 void launch_scatter(const BackwardParams& params, const BackwardPlan& plan, void* stream);
 

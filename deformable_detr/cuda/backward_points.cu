@@ -390,8 +390,9 @@ PointsLaunch choose_kernel(const BackwardParams& p, const BackwardPlan& plan) {
 
 void plan_points(const BackwardParams& params, BackwardPlan& plan) {
   Scratch& scratch = plan.scratch;
-  const bool has_successor =
-      plan.strategy == Strategy::scatter || plan.strategy == Strategy::gather || plan.merges_levels;
+  const bool has_successor = plan.strategy == Strategy::patches ||
+                             plan.strategy == Strategy::scatter ||
+                             plan.strategy == Strategy::gather || plan.merges_levels;
   plan.runs_points_kernel = wants_points(params) || plan.strategy == Strategy::direct ||
                             (params.fused() && has_successor);
   if (!params.fused() || !plan.runs_points_kernel) return;

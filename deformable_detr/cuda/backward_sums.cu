@@ -1,5 +1,5 @@
-// The sums of grad_value, for the strategies that add to them (direct, scatter): cleared before,
-// and converted after.
+// The sums of grad_value, for the strategies that add to them (direct, patches, scatter): cleared
+// before, and converted after.
 //
 // Sums are floats. Of a half value they lie in scratch, as sums in a half type would be 2 to 20
 // times less exact. PyTorch's own fill and conversion would do, too, but not let the kernels

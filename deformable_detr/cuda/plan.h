@@ -51,7 +51,7 @@ void forward(const Params& params, const ForwardPlan& plan, void* stream);
 // How grad_value is summed: not at all, if nobody asked for it. backward.cu says which one is for
 // what, and why. A new one is added to choose_strategy(), adds() and backward() there, and to
 // plan_points(), if a kernel after points_kernel reads its softmaxes.
-enum class Strategy : int8_t { none, direct, scatter, gather };
+enum class Strategy : int8_t { none, direct, patches, scatter, gather };
 
 // How gather cuts the levels. backward_slices.cuh tells what these are for.
 struct Slicing {
@@ -65,8 +65,8 @@ struct Slicing {
 // What a backward keeps in params.scratch, by offsets in bytes.
 struct Scratch {
   static constexpr int64_t kNone = -1;
-  int64_t sums = kNone;       // of grad_value, in float, where that has a half type
-  int64_t softmaxes = kNone;  // [batch, queries, heads]: points_kernel -> scatter, gather, merge
+  int64_t sums = kNone;           // of grad_value, in float, where that has a half type
+  int64_t softmaxes = kNone;      // [batch, queries, heads]: points_kernel -> the kernels after it
   int64_t row_gradients = kNone;  // of each block: points_kernel, if shared memory is full
   int64_t reaches = kNone;        // [batch, heads, levels, chunks]: reach_kernel -> gather
   int64_t bytes = 0;

@@ -227,6 +227,15 @@ struct PointReader {
       references_at_ += queries * (int64_t(p.reference_levels) * reference_bytes(p));
     }
   }
+  // The same, of a call whose points of a query take fewer bytes than 2^31: one multiply-add each.
+  __device__ __forceinline__ void skip_few_bytes(const Params& p, int32_t queries) {
+    const int32_t points = p.heads * p.points;
+    xy_at_ += int64_t(queries) * (points * xy_bytes(p));
+    weight_at_ += int64_t(queries) * (points * weight_bytes(p));
+    if constexpr (kIsFused<kSource>) {
+      references_at_ += int64_t(queries) * (p.reference_levels * reference_bytes(p));
+    }
+  }
   __device__ __forceinline__ void read_xy(const Params& p) {
     xy_.read(xy_at_, xy_operand(p).dtype);
   }

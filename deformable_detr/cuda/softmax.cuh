@@ -2,7 +2,7 @@
 //
 // The forward takes it in one pass, while it adds up samples (RunningSoftmax). The backward needs
 // final weights from the start, so points_kernel takes it in a pass of its own (find_softmax), and
-// leaves it in scratch for scatter_kernel or gather_kernel, which sum grad_value.
+// leaves it in scratch for the kernels that sum grad_value.
 #pragma once
 
 #include <limits>

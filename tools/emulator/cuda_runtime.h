@@ -137,6 +137,12 @@ T atomicAdd(T* address, U x) {
   *address = before + x;
   return before;
 }
+template <typename T>
+T atomicCAS(T* address, T expected, T x) {
+  const T before = *address;
+  if (before == expected) *address = x;
+  return before;
+}
 
 // ------------------------------------------------------------------------------------ arithmetic
 
@@ -163,6 +169,10 @@ inline int __float2int_rd(float x) { return to_int(std::floor(x)); }
 inline unsigned __float2uint_rz(float x) { return x > 0 ? static_cast<unsigned>(x) : 0; }
 inline int __float_as_int(float x) { return emulator::from_bits<int>(emulator::to_bits(x)); }
 inline float __int_as_float(int x) { return emulator::from_bits<float>(emulator::to_bits(x)); }
+inline unsigned __float_as_uint(float x) {
+  return emulator::from_bits<unsigned>(emulator::to_bits(x));
+}
+inline float __saturatef(float x) { return x > 0 ? std::fmin(x, 1.f) : 0; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned x) { return emulator::from_bits<float>(x); }
 template <typename A, typename B>
