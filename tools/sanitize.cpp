@@ -474,9 +474,9 @@ std::vector<Problem> make_problems() {
   add_encoder({20, 20, 10, 10, 5, 5}, 0, true);
   add_encoder({24, 20, 12, 10, 6, 5, 3, 3}, 2, true);
   add_encoder({12, 17, 4, 8, 2, 3}, 0, false, {12, 18, 4, 8, 2, 3}, {0, 204, 236});
-  // With more patches than a block has bins.
-  add_encoder({3, 4300}, 0);
-  add_encoder({3, 4300}, 4, true);
+  // With almost twice as many patches as a block has bins.
+  add_encoder({2, 10000}, 0);
+  add_encoder({2, 10000}, 0, true);
 #endif
   // Levels of 12 * 17 and 4 * 8 pixels, which say that they are others.
   constexpr int64_t kHuge = int64_t(1) << 62, kInt32 = int64_t(1) << 31;
