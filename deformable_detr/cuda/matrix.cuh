@@ -31,14 +31,23 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Four matrices of 8 rows of 16 bytes, transposed. Lane i has the address of row i % 8 of matrix
-// i / 8, and gets of each matrix column i / 4 the rows 2 * (i % 4) and the next.
+// Four matrices of 8 rows of 16 bytes. Lane i has the address of row i % 8 of matrix i / 8, and
+// gets of each matrix row i / 4 the elements 2 * (i % 4) and the next. Transposed, it gets of each
+// matrix column i / 4 the rows 2 * (i % 4) and the next.
+template <bool kTransposed = true>
 __device__ __forceinline__ void load_matrices(uint32_t (&a)[4], uint32_t row) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(row)
-               : "memory");
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(row)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(row)
+                 : "memory");
+  }
 #endif
 }
 

@@ -22,14 +22,16 @@ inline void copy_async(uint32_t to, const void* from, bool present) {
 }
 inline void wait_for_copies() {}
 
-inline void load_matrices(uint32_t (&a)[4], uint32_t row) {
+template <bool kTransposed = true>
+void load_matrices(uint32_t (&a)[4], uint32_t row) {
   const emulator::Exchange rows = emulator::meet_warp(row);
   const unsigned lane = emulator::thread_index.x % 32;
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     uint16_t elements[2];
     for (unsigned i = 0; i < 2; ++i) {
-      const uint32_t from = rows.of_lane[matrix * 8 + lane % 4 * 2 + i];
-      elements[i] = shared_at<uint16_t>(from + lane / 4 * 2);
+      const unsigned of_four = lane % 4 * 2 + i, of_eight = lane / 4;
+      const uint32_t from = rows.of_lane[matrix * 8 + (kTransposed ? of_four : of_eight)];
+      elements[i] = shared_at<uint16_t>(from + (kTransposed ? of_eight : of_four) * 2);
     }
     a[matrix] = elements[0] | uint32_t(elements[1]) << 16;
   }
