@@ -109,6 +109,8 @@ struct Coordinate {
   acc_t floor;
   acc_t fraction;
 
+  MSDA_HOST_DEVICE explicit Coordinate(acc_t pixel)
+      : floor(std::floor(pixel)), fraction(pixel - floor) {}
   MSDA_HOST_DEVICE explicit Coordinate(const Exact<acc_t>& pixel) {
     floor = std::floor(pixel.rounded);
     floor -= ((pixel.rounded == floor) & (pixel.rest < 0)) ? acc_t(1) : acc_t(0);

@@ -1,5 +1,6 @@
-"""Encoders that a GPU serves through windows in shared memory (cuda/windows.cuh), and whose gradient
-of value it sums by patches in half types (cuda/backward_patches.cu).
+"""Encoders that a GPU serves through windows in shared memory (cuda/windows.cuh): the forward, and in
+half types the gradients of the points. Their gradient of value it sums by patches in half types
+(cuda/backward_patches.cu).
 """
 
 from dataclasses import replace
@@ -15,16 +16,19 @@ CASES = [
     Case("four_levels", ((40, 80), (24, 32), (16, 16), (8, 16)), **SIZES),
     Case("five_levels", ((40, 80), (24, 32), (16, 16), (8, 14), (4, 4)), **SIZES),
 ]
+FEW = 6  # batches
 
 
-def make(case, dtype, device, fused, far=False):
+def make(case, dtype, device, fused, far=False, batch=24):
     """An encoder's inputs; far: with points that windows would miss, which only the GPU finds out.
 
-    A GPU gets as many points as it wants for windows, 65536 for each multiprocessor, and more rows
-    than patches want.
+    A GPU gets as many points as it wants for windows: for each multiprocessor 65536, or in the
+    backward 16384, whose reference would not fit into memory with more than FEW. And more rows than
+    patches want.
     """
     assert case.pixels == case.queries
-    case = replace(case, batch=24, heads=8) if device == "cuda" else replace(case, batch=1, heads=1)
+    batch, heads = (batch, 8) if device == "cuda" else (1, 1)
+    case = replace(case, batch=batch, heads=heads)
     if fused:
         inputs = make_fused_inputs(case, dtype, device)
         inputs.sampling_offsets *= 10 if far else 1
@@ -34,6 +38,25 @@ def make(case, dtype, device, fused, far=False):
 
 def operator(functions, fused):
     return functions.fused_ms_deform_attn if fused else functions.ms_deform_attn
+
+
+def spoil(tensor):
+    """Puts infinities and NaN into it."""
+    elements = tensor.view(-1)
+    for i, bad in enumerate([torch.inf, -torch.inf, torch.nan]):
+        elements[1000 + i :: 50021] = bad
+
+
+def assert_same_classes(actual, expected, name):
+    for is_class in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(is_class(actual), is_class(expected)), f"{name}: {is_class.__name__}"
+
+
+def gradients(functions, inputs, fused):
+    """Of the operator, by the names of the inputs."""
+    output = operator(functions, fused)(*inputs.require_grad().args)
+    grads = torch.autograd.grad(output, inputs.differentiable(), inputs.grad_output)
+    return dict(zip(inputs.gradient_names(), grads))
 
 
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
@@ -47,53 +70,39 @@ def test_matches_reference(kernel, device, case, dtype, fused, far):
     assert torch.equal(operator(kernel, fused)(*inputs.args), output)
 
 
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradients_match_reference(kernel, device, case, dtype, fused, far):
+    inputs = make(case, dtype, device, fused, far, batch=FEW)
+    if not fused:
+        inputs.attention_weights[:, ::7, :, ::3] *= 900  # more than patches multiply in fp16
+    expected = gradients(kernel.reference, inputs.double(), fused)
+    for name, grad in gradients(kernel, inputs, fused).items():
+        assert_close(grad, expected[name], name)
+
+
+@pytest.mark.parametrize("bad", ["value", "grad_output"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradients_that_are_not_finite(kernel, device, case, fused, bad):
+    """As in float64, where value or grad_output is not finite."""
+    inputs = make(case, torch.float16, device, fused, batch=FEW)
+    spoil(getattr(inputs, bad))
+    expected = gradients(kernel.reference, inputs.double(), fused)
+    for name, grad in gradients(kernel, inputs, fused).items():
+        assert_same_classes(grad, expected[name], name)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_that_are_not_finite(kernel, device, case, dtype, fused):
     """They reach the rows that sample them, and no others."""
     inputs = make(case, dtype, device, fused)
-    value = inputs.value.view(-1)
-    for i, bad in enumerate([torch.inf, -torch.inf, torch.nan]):
-        value[1000 + i :: 50021] = bad
+    spoil(inputs.value)
     output = operator(kernel, fused)(*inputs.args)
     expected = operator(kernel.reference, fused)(*inputs.double().args)
     assert not expected.isfinite().all()
-    assert torch.equal(output.isnan(), expected.isnan())
-    assert torch.equal(output.isposinf(), expected.isposinf())
-    assert torch.equal(output.isneginf(), expected.isneginf())
-
-
-def grads_of_value(functions, inputs, fused):
-    inputs.value.requires_grad_()
-    output = operator(functions, fused)(*inputs.args)
-    return torch.autograd.grad(output, inputs.value, inputs.grad_output)[0]
-
-
-@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_gradient_of_value(kernel, device, case, dtype, fused, far):
-    inputs = make(case, dtype, device, fused, far)
-    if not fused:
-        inputs.attention_weights[:, ::7, :, ::3] *= 900  # more than fp16 multiplies by
-    grad = grads_of_value(kernel, inputs, fused)
-    assert_close(grad, grads_of_value(kernel.reference, inputs.double(), fused), "grad_value")
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_gradient_where_grad_output_is_not_finite(kernel, device, case, fused):
-    """It reaches the pixels that were sampled, and no others."""
-    inputs = make(case, torch.float16, device, fused)
-    grad_output = inputs.grad_output.view(-1)
-    for i, bad in enumerate([torch.inf, -torch.inf, torch.nan]):
-        grad_output[1000 + i :: 50021] = bad
-    grad = grads_of_value(kernel, inputs, fused)
-    expected = grads_of_value(kernel.reference, inputs.double(), fused)
-    for is_class in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(is_class(grad), is_class(expected)), is_class.__name__
-    finite = expected.isfinite()
-    assert finite.any() and not finite.all()
-    assert_close(grad[finite], expected[finite], "grad_value")
+    assert_same_classes(output, expected, "output")

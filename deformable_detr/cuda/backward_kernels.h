@@ -19,6 +19,11 @@ void launch_convert(const BackwardParams& params, const BackwardPlan& plan, cons
 void plan_points(const BackwardParams& params, BackwardPlan& plan);
 void launch_points(const BackwardParams& params, const BackwardPlan& plan, void* stream);
 
+// backward_points_windows.cu: with params.windows, what points_kernel would do, or the choice that
+// it does it
+void plan_points_windows(const BackwardParams& params, BackwardPlan& plan);
+void launch_points_windows(const BackwardParams& params, const BackwardPlan& plan, void* stream);
+
 // backward_merge.cu
 bool can_merge(const BackwardParams& params);
 void launch_merge(const BackwardParams& params, const BackwardPlan& plan, void* stream);

@@ -15,6 +15,7 @@
 #include "deformable_detr/cuda/layout.cuh"
 #include "deformable_detr/cuda/merged_levels.cuh"
 #include "deformable_detr/cuda/softmax.cuh"
+#include "deformable_detr/cuda/windows.cuh"
 
 namespace ms_deform_attn::cuda {
 namespace {
@@ -126,8 +127,11 @@ __host__ __device__ __forceinline__ bool wants_points(const BackwardParams& p) {
 // kSplit groups of kLanes lanes share a row's points. softmaxes: Softmax<acc> [batch, queries,
 // heads], written in a fused call if another kernel is to sum grad_value, else null. row_gradients:
 // of acc, in scratch, or null where they fit into shared memory. merges_levels: whether
-// merge_kernel adds some.
-template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, bool kAdd>
+// merge_kernel adds some. kIfLeft: the call is an encoder's that points_windows_kernel may have
+// served, or still serves. Its reference points have no box; were that left to run time, the fused
+// kernel would spill.
+template <typename scalar_t, Source kSource, int kVec, int kLanes, int kSplit, bool kAdd,
+          bool kIfLeft = false>
 __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
     points_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch, void* softmaxes,
                   void* row_gradients, bool merges_levels) {
@@ -146,6 +150,11 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
   LevelEntry* levels = reinterpret_cast<LevelEntry*>(memory);
 
   let_next_kernel_start();
+  if constexpr (kIfLeft) {
+    // One block waits for windows, and with it whatever follows in the stream.
+    if (blockIdx.x == 0) wait_for_previous_kernel();
+    if (!left_by_windows(p, kMostMissedBackward<kFused>)) return;
+  }
   const int lane = threadIdx.x % kTeam, group = lane / kLanes;
   const int32_t all_points = p.points;
   const int first_slot = Layout::first_slot();
@@ -298,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, kAdd ? 3 : 4)
         gradients.at(p, RowGradients::kWeight, first + lane) = grad_weight;
         lane_sum += weight * grad_weight;
         // grad_x and grad_y are by location, which an offset of one moves by this much.
-        const bool box = p.reference_coordinates == 4;
+        const bool box = !kIfLeft && p.reference_coordinates == 4;
         const acc box_fraction = box ? level.units.box_fraction : 0;
         const acc move_x =
             box ? reference.width * box_fraction : 1 / static_cast<acc>(max(level.width, 1));
@@ -343,6 +352,7 @@ auto with_layout(const BackwardParams& p, const BackwardPlan& plan, Function&& f
     return function(unshared, std::integral_constant<int, 32>{}, unshared);
   }
   return with_vectors<scalar_t, kMaxVec>(p, [&](auto vec, auto lanes) {
+    if (plan.scratch.windows != Scratch::kNone) return function(vec, lanes, unshared);
     // Only for the 32 channels that most models have, so that the library stays small.
     if constexpr (vec.value * lanes.value == 32 && vec.value > 1) {
       if (count_rows(p) <= kFewRows && p.points > kFewPoints) {
@@ -374,6 +384,13 @@ PointsLaunch choose_kernel(const BackwardParams& p, const BackwardPlan& plan) {
             {Layout::query_blocks(p), Layout::head_blocks(p), kThreads,
              p.levels * int64_t(sizeof(LevelEntry<scalar_t, source.value>)), plan.overlaps_sums},
             p.fused() ? RowGradients::of_block(p) * int64_t(sizeof(acc)) : 0};
+        if constexpr (sizeof(scalar_t) == 2 && vec.value * lanes.value == UsualParams::channels &&
+                      vec.value > 1 && split.value == 1 && !add.value && !kIsMixed<source.value>) {
+          if (plan.scratch.windows == Scratch::kNone) return;
+          result.kernel =
+              points_kernel<scalar_t, source.value, vec.value, lanes.value, 1, false, true>;
+          result.grid.overlaps_previous = DeviceLimits().overlaps_kernels;
+        }
       });
     };
     if constexpr (!std::is_same_v<scalar_t, double>) {
@@ -395,6 +412,9 @@ void plan_points(const BackwardParams& params, BackwardPlan& plan) {
                              plan.strategy == Strategy::gather || plan.merges_levels;
   plan.runs_points_kernel = wants_points(params) || plan.strategy == Strategy::direct ||
                             (params.fused() && has_successor);
+  if (plan.strategy != Strategy::direct && wants_points(params)) {
+    plan_points_windows(params, plan);
+  }
   if (!params.fused() || !plan.runs_points_kernel) return;
   if (has_successor) {
     const int64_t size =
@@ -410,6 +430,7 @@ void plan_points(const BackwardParams& params, BackwardPlan& plan) {
 }
 
 void launch_points(const BackwardParams& params, const BackwardPlan& plan, void* stream) {
+  if (plan.scratch.windows != Scratch::kNone) launch_points_windows(params, plan, stream);
   PointsLaunch chosen = choose_kernel(params, plan);
   void* row_gradients = in_scratch<void>(params, plan.scratch.row_gradients);
   if (!row_gradients) chosen.grid.shared_memory += chosen.gradient_bytes;

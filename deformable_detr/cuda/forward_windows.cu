@@ -295,65 +295,65 @@ __global__ void __launch_bounds__(kWindowThreads, kWindowBlocks)
 
 // ------------------------------------------------------------------------------------------- entry
 
-// Every condition of a call that is to be served through windows. No regions: it is not.
-//
 // To choose, and to end the blocks of a call that is left, takes 5 to 10 us. So small calls are not
 // asked, which in float gain more: on an H100, 2026-11-28, in us, in half types mask2former_b2
 // would gain 8 of 93, ddetr_encoder_b1 4 of 65, and one level nothing; in float they gain 14 of
 // 144, 14 of 101, and bevformer_tsa 31 of 138.
 WindowLayout find_layout(const Params& p) {
-  constexpr int64_t kMinPoints = 65536, kMinFloatPoints = 16384;  // of each multiprocessor
+  if (p.value_dtype == DType::f32)
+    return find_windows(p, float_window_blocks(p.levels), 16384, true);
+  return find_windows(p, {kWindowBlocks, kWindowWarps * WarpMemory<5>::kBytes, 1, 8}, 65536, false);
+}
+
+}  // namespace
+
+WindowLayout find_windows(const Params& p, const WindowBlocks& blocks, int64_t least_points,
+                          bool one_level) {
   const auto has_value_dtype = [&](std::initializer_list<Operand> operands) {
     for (const Operand& operand : operands) {
       if (operand.data != nullptr && operand.dtype != p.value_dtype) return false;
     }
     return true;
   };
+  if (p.value_dtype == DType::f64) return {};
   const bool half = is_half(p.value_dtype);
-  if (!half && p.value_dtype != DType::f32) return {};
   const bool fits = has_value_dtype({p.sampling_locations, p.attention_weights, p.reference_points,
                                      p.sampling_offsets, p.attention_logits}) &&
                     UsualParams::fit(p) && queries_are_pixels(p) && p.levels <= 5 &&
-                    (p.levels >= 3 || (!half && p.levels == 1)) && p.batch <= kMaxBlocksYZ &&
+                    (p.levels >= 3 || (one_level && p.levels == 1)) && p.batch <= kMaxBlocksYZ &&
                     (half ? Indexing<half_t, 8>::fits(p) : Indexing<float, 4>::fits(p)) &&
                     p.spatial_size < (1 << 26);  // packed with four corners
   if (!fits) return {};
   const DeviceLimits limits;
-  if (!limits.has_matrices ||
-      count_rows(p) * p.points < (half ? kMinPoints : kMinFloatPoints) * limits.multiprocessors) {
+  if (!limits.has_matrices || count_rows(p) * p.points < least_points * limits.multiprocessors) {
     return {};
   }
-  const WindowBlocks of_half{kWindowBlocks, kWindowWarps * WarpMemory<5>::kBytes, 1, 8};
-  return plan_windows(p, half ? of_half : float_window_blocks(p.levels), limits);
+  return plan_windows(p, blocks, limits);
 }
 
-}  // namespace
+int64_t windows_scratch(const Params& p, const WindowLayout& layout) {
+  return layout.regions > 0 ? (count_slices(p) + 1) * int64_t(sizeof(int32_t)) : 0;
+}
+
+void launch_choice(const Params& p, const WindowLayout& layout, void* stream) {
+  with_windows(p, [&](auto zero, auto fused, auto levels) {
+    launch(choose_kernel<decltype(zero), fused.value, levels.value>, p,
+           Grid{p.heads, 1, levels.value * 32, 0}, stream, layout);
+  });
+}
 
 ForwardPlan plan_forward(const Params& p) {
   const WindowLayout layout = find_layout(p);
-  return {layout, layout.regions > 0 ? (count_slices(p) + 1) * int64_t(sizeof(int32_t)) : 0};
+  return {layout, windows_scratch(p, layout)};
 }
 
 void forward_windows(const Params& p, const WindowLayout& layout, void* stream) {
   if (p.value_dtype == DType::f32) return forward_windows_float(p, layout, stream);
-  const auto with = [&](auto zero, auto fused, auto levels) {
-    using scalar_t = decltype(zero);
-    launch(choose_kernel<scalar_t, fused.value, levels.value>, p,
-           Grid{p.heads, 1, levels.value * 32, 0}, stream, layout);
-    launch(windows_kernel<scalar_t, fused.value, levels.value>, p,
-           Grid{int64_t(layout.regions) * p.heads, 1, kWindowThreads, layout.bytes,
-                DeviceLimits().overlaps_kernels},
+  launch_choice(p, layout, stream);
+  with_windows(p, [&](auto zero, auto fused, auto levels) {
+    launch(windows_kernel<decltype(zero), fused.value, levels.value>, p, windows_grid(p, layout),
            stream, layout);
-  };
-  const auto with_levels = [&](auto zero, auto fused) {
-    if (p.levels == 3) return with(zero, fused, std::integral_constant<int, 3>{});
-    if (p.levels == 4) return with(zero, fused, std::integral_constant<int, 4>{});
-    with(zero, fused, std::integral_constant<int, 5>{});
-  };
-  const auto with_source = [&](auto zero) {
-    p.fused() ? with_levels(zero, std::true_type{}) : with_levels(zero, std::false_type{});
-  };
-  p.value_dtype == DType::f16 ? with_source(half_t{}) : with_source(bfloat16_t{});
+  });
 }
 
 }  // namespace ms_deform_attn::cuda

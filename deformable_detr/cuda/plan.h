@@ -7,7 +7,7 @@
 
 namespace ms_deform_attn::cuda {
 
-// ----------------------------------------------------------------------------------------- forward
+// ----------------------------------------------------------------------------------------- windows
 
 // A block's dynamic shared memory, in bytes from its start: what the kernel has for each warp, the
 // list of the region's queries, the windows, and a place that is zero, as large as two pixels in
@@ -36,6 +36,8 @@ struct WindowLayout {
     return row_pieces(columns) + 2 * pixel_pieces;
   }
 };
+
+// ----------------------------------------------------------------------------------------- forward
 
 struct ForwardPlan {
   WindowLayout windows;       // without regions: value does not pass through windows
@@ -68,6 +70,7 @@ struct Scratch {
   int64_t sums = kNone;           // of grad_value, in float, where that has a half type
   int64_t softmaxes = kNone;      // [batch, queries, heads]: points_kernel -> the kernels after it
   int64_t row_gradients = kNone;  // of each block: points_kernel, if shared memory is full
+  int64_t windows = kNone;        // Params::windows, of points_windows_kernel
   int64_t reaches = kNone;        // [batch, heads, levels, chunks]: reach_kernel -> gather
   int64_t bytes = 0;
 
@@ -83,6 +86,7 @@ struct BackwardPlan {
   bool runs_points_kernel;
   bool merges_levels;  // of direct: those with few pixels are left to merge_kernel
   Scratch scratch;
+  WindowLayout windows;  // where scratch has windows
   Slicing slicing;       // of gather
   bool overlaps_points;  // whether gather_kernel may start before points_kernel ends
   bool overlaps_sums;    // whether points_kernel may start before its sums are cleared, and their

@@ -34,8 +34,11 @@ constexpr unsigned kAllLanes = 0xffffffff;
 // ------------------------------------------------------------------------------------------ choice
 
 // A call is left to the kernel that needs no windows, if they would miss so many of its points; at
-// that share both take as long. In percent, of the forwards in half types and in float.
+// that share both take as long. In percent, of the forwards in half types and in float, and of the
+// gradients of points.
 constexpr int kMostMissed = 4, kMostMissedFloat = 5;
+template <bool kFused>
+constexpr int kMostMissedBackward = kFused ? 6 : 4;
 constexpr int kSampledPoints = 32 * 4;  // of each level of a (batch, head)
 
 // params.windows: the sampled points that windows would miss, of each (batch, head), and then how
@@ -134,6 +137,39 @@ inline WindowLayout plan_windows(const Params& p, const WindowBlocks& blocks,
   return layout_of(best);
 }
 
+// ---------------------------------------------------------------------------------------- launches
+
+// The layout for a call. No regions: it is not one for windows, or has fewer than so many points
+// for each multiprocessor. one_level: whether the kernel takes calls with one. In
+// forward_windows.cu, as are the next two.
+WindowLayout find_windows(const Params& p, const WindowBlocks& blocks, int64_t least_points,
+                          bool one_level);
+// What params.windows takes, in bytes.
+int64_t windows_scratch(const Params& p, const WindowLayout& layout);
+// In half types, chooses on the GPU whether the call is left.
+void launch_choice(const Params& p, const WindowLayout& layout, void* stream);
+
+// Of a kernel of half types that serves the call, after the choice.
+inline Grid windows_grid(const Params& p, const WindowLayout& layout) {
+  return {int64_t(layout.regions) * p.heads, 1, kWindowThreads, layout.bytes,
+          DeviceLimits().overlaps_kernels};
+}
+
+// with_windows(p, [&](auto zero, auto fused, auto levels) { ... }): a zero of value's half type,
+// whether the call is fused, and how many levels it has, as constants.
+template <typename Function>
+void with_windows(const Params& p, Function&& function) {
+  const auto with_levels = [&](auto zero, auto fused) {
+    if (p.levels == 3) return function(zero, fused, std::integral_constant<int, 3>{});
+    if (p.levels == 4) return function(zero, fused, std::integral_constant<int, 4>{});
+    function(zero, fused, std::integral_constant<int, 5>{});
+  };
+  const auto with_source = [&](auto zero) {
+    p.fused() ? with_levels(zero, std::true_type{}) : with_levels(zero, std::false_type{});
+  };
+  p.value_dtype == DType::f16 ? with_source(half_t{}) : with_source(bfloat16_t{});
+}
+
 // ----------------------------------------------------------------------------------------- regions
 
 // A part of a level.
@@ -170,6 +206,9 @@ struct Region {
   Frame frames[kLevels];
 };
 
+// Of a level's side: its product with a number of a half type, of 11 bits, is exact in float.
+constexpr int32_t kMostPixels = 1 << 13;
+
 // Cuts the image into regions, and gives the windows their sizes. By one warp; lane i tries i + 1
 // regions in a row, and then windows that exceed the region by i pixels.
 template <int kLevels>
@@ -185,6 +224,7 @@ __device__ __forceinline__ void cut_image(const Params& p, const WindowLayout& l
     const int32_t columns = __shfl_sync(kAllLanes, own.width, l);
     const int32_t rows = __shfl_sync(kAllLanes, own.height, l);
     usual &= columns > 0 && __shfl_sync(kAllLanes, own.start, l) == pixels;
+    usual &= max(columns, rows) < kMostPixels;
     pixels += columns * rows;
     width[l] = columns;
     height[l] = rows;
