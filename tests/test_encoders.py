@@ -1,5 +1,5 @@
-"""Encoders that a GPU serves through windows in shared memory (cuda/windows.cuh): the forward, and in
-half types the gradients of the points. Their gradient of value it sums by patches in half types
+"""Encoders that a GPU serves through windows in shared memory (cuda/windows.cuh): the forward, and
+in half types the gradients of the points. Their gradient of value it sums by patches in half types
 (cuda/backward_patches.cu).
 """
 
