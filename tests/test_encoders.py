@@ -76,11 +76,19 @@ def test_matches_reference(kernel, device, case, dtype, fused, far):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gradients_match_reference(kernel, device, case, dtype, fused, far):
     inputs = make(case, dtype, device, fused, far, batch=FEW)
-    if not fused:
-        inputs.attention_weights[:, ::7, :, ::3] *= 900  # more than patches multiply in fp16
     expected = gradients(kernel.reference, inputs.double(), fused)
     for name, grad in gradients(kernel, inputs, fused).items():
         assert_close(grad, expected[name], name)
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradient_of_value_with_large_weights(kernel, device, case, far):
+    """Larger than patches multiply in fp16. The gradients of locations would not fit into it."""
+    inputs = make(case, torch.float16, device, False, far, batch=FEW)
+    inputs.attention_weights[:, ::7, :, ::3] *= 900
+    expected = gradients(kernel.reference, inputs.double(), False)["grad_value"]
+    assert_close(gradients(kernel, inputs, False)["grad_value"], expected, "grad_value")
 
 
 @pytest.mark.parametrize("bad", ["value", "grad_output"])

@@ -36,7 +36,7 @@ constexpr unsigned kAllLanes = 0xffffffff;
 // A call is left to the kernel that needs no windows, if they would miss so many of its points; at
 // that share both take as long. In percent, of the forwards in half types and in float, and of the
 // gradients of points.
-constexpr int kMostMissed = 4, kMostMissedFloat = 5;
+constexpr int kMostMissed = 4, kMostMissedFloat = 3;
 template <bool kFused>
 constexpr int kMostMissedBackward = kFused ? 6 : 4;
 constexpr int kSampledPoints = 32 * 4;  // of each level of a (batch, head)
