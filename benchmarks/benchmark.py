@@ -24,6 +24,7 @@ class Workload(NamedTuple):
     points: Union[int, Tuple[int, ...]]  # per level: one number for all, or one for each
     shapes: Tuple[Tuple[int, int], ...]  # (height, width) per level
     locations: str  # "uniform", "encoder" or "decoder"
+    spread: float = 1.0  # what offsets are multiplied by
 
     @property
     def points_per_level(self) -> Sequence[int]:
@@ -42,6 +43,7 @@ _640x640 = ((80, 80), (40, 40), (20, 20))
 _928x1600 = ((116, 200), (58, 100), (29, 50), (15, 25))
 _1024x1024 = ((32, 32), (64, 64), (128, 128))
 _896x896 = ((112, 112), (56, 56), (28, 28))
+_ENCODER = Workload(4, 22223, 8, 32, 4, _800x1333, "encoder")
 
 WORKLOADS = {
     # kernels-benchmarks deformable_detr
@@ -52,9 +54,13 @@ WORKLOADS = {
     # kernels-community/deformable-detr benchmark
     "hub_b2_q300": Workload(2, 300, 8, 32, 4, _64, "uniform"),
     "hub_b8_q900": Workload(8, 900, 8, 32, 4, _64, "uniform"),
-    # Deformable-DETR, DINO-4, Grounding DINO encoder at 800x1333
+    # Deformable-DETR, DINO-4, Grounding DINO encoder at 800x1333; then with wider offsets
     "ddetr_encoder_b1": Workload(1, 22223, 8, 32, 4, _800x1333, "encoder"),
-    "ddetr_encoder_b4": Workload(4, 22223, 8, 32, 4, _800x1333, "encoder"),
+    "ddetr_encoder_b4": _ENCODER,
+    "ddetr_encoder_b4_x1_5": _ENCODER._replace(spread=1.5),
+    "ddetr_encoder_b4_x2": _ENCODER._replace(spread=2.0),
+    "ddetr_encoder_b4_x4": _ENCODER._replace(spread=4.0),
+    "ddetr_encoder_b4_uniform": _ENCODER._replace(locations="uniform"),
     # Deformable-DETR decoder
     "ddetr_decoder_b4": Workload(4, 300, 8, 32, 4, _800x1333, "decoder"),
     # Grounding DINO / DINO decoder
@@ -118,7 +124,7 @@ def make_inputs(
 
     The offset is Deformable DETR's initial bias (head h looks in direction 2*pi*h/heads, scaled so
     that its larger component is point + 1 pixels of the sampled level) plus N(0, 1) pixels for an
-    encoder, N(0, 3) for a decoder. Locations are not clamped.
+    encoder, N(0, 3) for a decoder, times ``workload.spread``. Locations are not clamped.
 
     Returns:
         ``Inputs``. Where ``workload.points`` differs by level, the last dimensions (levels,
@@ -148,7 +154,7 @@ def make_inputs(
         direction = direction / direction.abs().amax(-1, keepdim=True)
         offset = direction[:, None] * (point[:, None] + 1)
         offset = offset + spread * torch.randn(*sampled, 2, generator=generator)
-        locations = reference[:, :, None, None] + offset / sizes.flip(1)[level]
+        locations = reference[:, :, None, None] + workload.spread * offset / sizes.flip(1)[level]
     weights = torch.randn(*sampled, generator=generator).softmax(-1)
     if isinstance(workload.points, int):
         locations = locations.unflatten(3, (len(counts), workload.points))

@@ -146,6 +146,15 @@ def test_the_probe_loads_every_corner_in_the_map(device, monkeypatch, tmp_path):
             assert torch.equal(output, counts.round().to(integer) % 2), (dtype, split)
 
 
+def test_wider_offsets():
+    near = TINY._replace(locations="encoder", queries=36)
+    draws = [near._replace(spread=x) for x in (0, 1, 2)]
+    draws = [benchmark.make_inputs(x, torch.float32, "cpu").sampling_locations for x in draws]
+    centres, once, twice = draws
+    assert torch.allclose(twice - centres, 2 * (once - centres), atol=1e-5)
+    assert (centres >= 0).all() and (centres <= 1).all()
+
+
 def test_kernels_benchmark_verifies(kernel):
     for instance in (benchmark.Forward(), benchmark.Backward()):
         instance.kernel, instance.device = kernel, "cpu"
