@@ -381,7 +381,7 @@ void test_gpu(const Problem& problem) {
 
 template <typename T>
 void test(const Problem& problem) {
-  // An encoder's kernels are for float and half types; fused and far, one half type will do.
+  // An encoder's kernels are for float and half types. Fused or far, one half type will do.
   if (problem.encoder && sizeof(T) == 8) return;
   const bool usual = problem.coordinates == 0 && !problem.far;
   if (problem.encoder && !usual && std::is_same_v<T, ms_deform_attn::bfloat16_t>) return;

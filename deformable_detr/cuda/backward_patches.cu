@@ -24,65 +24,6 @@ namespace {
 
 // ------------------------------------------------------------------------------------------ kernel
 
-// Adds to memory if active, without a branch.
-__device__ __forceinline__ void atomic_add_if(float* to, const float (&x)[4], bool active) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{.reg .pred q; setp.ne.s32 q, %5, 0; @q red.global.add.v4.f32 [%0], {%1, %2, %3, %4};}" ::
-          "l"(to),
-      "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(static_cast<int>(active))
-      : "memory");
-#else
-  if (active) atomic_add<4>(to, x);
-#endif
-}
-
-// The first pixel's column and row of a patch. per_row: 1 / bin_rows, rounded.
-__device__ __forceinline__ int2 find_patch(int32_t patch, float per_row, int32_t bin_rows) {
-  int32_t column = static_cast<int32_t>(patch * per_row), row = patch - column * bin_rows;
-  if (row < 0) --column, row += bin_rows;
-  if (row >= bin_rows) ++column, row -= bin_rows;
-  return make_int2(column * kCells - 1, row - 1);
-}
-
-// Where a warp's part of the sorted points begins: the patch among those that have points, and the
-// point. By the whole warp.
-__device__ __forceinline__ int2 find_part(const uint32_t* patches, int32_t n_points,
-                                          int32_t n_patches, int of_warp) {
-  const auto start_of = [&](int32_t i) { return static_cast<int32_t>(patches[i] & 0xffff); };
-  const int32_t wanted = (n_points + n_patches * kPatchCost) * of_warp / kPatchWarps;
-  int32_t at = 0;
-  for (int32_t span = n_patches + 1; span > 1;) {
-    const int32_t step = (span + 31) / 32, own = static_cast<int32_t>(threadIdx.x % 32) * step;
-    const bool before = own < span && start_of(at + own) + (at + own) * kPatchCost <= wanted;
-    const int32_t skipped = (__popc(__ballot_sync(kAllLanes, before)) - 1) * step;
-    at += skipped;
-    span = min(step, span - skipped);
-  }
-  const int32_t points = (wanted - start_of(at) - (at + 1) * kPatchCost) / kStep * kStep;
-  return make_int2(at, start_of(at) + max(points, 0));
-}
-
-// Adds a point whose shares are worked out: a lane has a corner and 4 channels.
-template <typename Product>
-__device__ __forceinline__ void add_sorted_point(const Params& p, int32_t column, int32_t row,
-                                                 float right, float north, float south,
-                                                 uint32_t grad_output, const Level& level,
-                                                 float* grad_value, int32_t channel,
-                                                 int32_t pitch) {
-  const int lane = threadIdx.x % 32, corner = lane / 8, of = lane % 8 * 4;
-  const int32_t x = column + (corner & 1), y = row + (corner >> 1);
-  const float share =
-      (corner & 1 ? right : 1 - right) * (corner & 2 ? south : north) * (1 / Product::kScale);
-  float add[4];
-  Product::load_four(grad_output, lane % 8, add);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) add[c] *= share;
-  const bool inside = is_inside(x, level.width) && is_inside(y, level.height);
-  atomic_add_if(grad_value + int64_t(level.start + y * level.width + x) * pitch + of, add,
-                inside && channel + of < p.channels);
-}
-
 template <typename scalar_t, Source kSource>
 __global__ void __launch_bounds__(kPatchThreads, kPatchBlocks)
     patches_kernel(const __grid_constant__ BackwardParams p, int64_t first_batch, int32_t regions,

@@ -200,7 +200,8 @@ void launch_scatter(const BackwardParams& params, const BackwardPlan& plan, void
       const int64_t blocks =
           int64_t(regions) * params.heads * ceil_div(params.channels, lanes.value * vec.value);
       const int64_t of_level = sizeof(LevelEntry<scalar_t, source.value>) + sizeof(QueryPart);
-      const Grid grid{blocks, 1, kScatterThreads, params.levels * of_level + sizeof(QueryPart)};
+      const Grid grid{blocks, 1, kScatterThreads,
+                      params.levels * of_level + int64_t(sizeof(QueryPart))};
       launch(scatter_kernel<scalar_t, source.value, vec.value, lanes.value>, params, grid, stream,
              regions, in_scratch<const Softmax<float>>(params, plan.scratch.softmaxes));
     });

@@ -6,11 +6,12 @@
 namespace ms_deform_attn::cuda {
 
 // Returns the sum of x over the warp's lanes up to this one.
-__device__ __forceinline__ int32_t inclusive_warp_scan(int32_t x) {
+template <typename Integer>
+__device__ __forceinline__ Integer inclusive_warp_scan(Integer x) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
-    const int32_t other = __shfl_up_sync(0xffffffff, x, offset);
+    const Integer other = __shfl_up_sync(0xffffffff, x, offset);
     if (lane >= offset) x += other;
   }
   return x;

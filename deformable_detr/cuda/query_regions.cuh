@@ -2,6 +2,7 @@
 // They sample about the same part of each level.
 #pragma once
 
+#include "deformable_detr/cuda/block_scan.cuh"
 #include "deformable_detr/cuda/launch.cuh"
 #include "deformable_detr/cuda/windows.cuh"
 
@@ -64,23 +65,13 @@ __device__ __forceinline__ int32_t find_parts(const Params& p, const LevelEntry*
     const int32_t width = l < p.levels ? levels[l].width : 0;
     const int32_t height = l < p.levels ? levels[l].height : 0;
     // All pixels of the levels so far; more than there are queries never fit again.
-    int64_t pixels = width * height;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(kAllLanes, pixels, offset);
-      if (lane >= offset) pixels += other;
-    }
+    const int64_t pixels = inclusive_warp_scan<int64_t>(width * height);
     const bool fits = first + pixels <= queries;
     const int32_t before = first + static_cast<int32_t>(fits ? pixels : 0) - width * height;
     const int32_t column = start_of_part(x, width, across), row = start_of_part(y, height, down);
     const int32_t columns = start_of_part(x + 1, width, across) - column;
     const int32_t rows = start_of_part(y + 1, height, down) - row;
-    int32_t own = fits ? columns * rows : 0, sum = own;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int32_t other = __shfl_up_sync(kAllLanes, sum, offset);
-      if (lane >= offset) sum += other;
-    }
+    const int32_t own = fits ? columns * rows : 0, sum = inclusive_warp_scan(own);
     if (l < p.levels) {
       parts[l] = {count + sum - own, before + row * width + column, max(columns, 1), width};
     }
